@@ -1,0 +1,1 @@
+"""Interpretability: what a network says about its own reasons."""

@@ -1,0 +1,1 @@
+"""Linear dynamics: what can be solved exactly, or nearly, when the network is linear."""

@@ -1,0 +1,1 @@
+"""Robustness: what a network tolerates, and how that is proved."""

@@ -1,0 +1,1 @@
+"""Scientific machine learning: networks against the honest baseline of each science."""

@@ -1,0 +1,120 @@
+"""A plain training loop, mini-batches, and ensembles: all seeds of a network trained at once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from torch.func import functional_call, stack_module_state
+from tqdm.auto import trange
+
+History = dict[str, Tensor]
+
+
+def fit(
+    loss: Callable[[int], Float[Tensor, " *members"]],
+    parameters: Iterable[Tensor],
+    *,
+    steps: int,
+    lr: float,
+    optimizer: Callable[..., torch.optim.Optimizer] = torch.optim.Adam,
+    cosine_to: float = 1.0,
+    record: Callable[[], Mapping[str, Tensor]] | None = None,
+    record_every: int = 1,
+) -> History:
+    """Minimise ``loss`` and return what was recorded on the way.
+
+    Parameters
+    ----------
+    loss
+        Called with the number of the step, from 0; returns the loss to differentiate. The losses of an ensemble's
+        members may come as one tensor: their sum is minimised, which trains each member as if it were alone (for
+        optimisers that treat every entry by itself, as SGD and Adam do).
+    parameters
+        The tensors to train, in place.
+    steps, lr, optimizer
+        Number of steps, learning rate, and the optimiser's class or a partial of it.
+    cosine_to
+        The learning rate falls along half a cosine to this fraction of ``lr``; 1 keeps it constant.
+    record
+        Called without gradient before the first step and then after every ``record_every`` steps.
+
+    Returns
+    -------
+    History
+        ``"step"``, ``"loss"`` (the loss seen by the last step before the record) and every key of ``record``,
+        stacked over records.
+
+    Raises
+    ------
+    ValueError
+        If ``steps`` or ``record_every`` is smaller than 1, or ``lr`` is not positive.
+    FloatingPointError
+        If the loss stops being finite.
+    """
+    if steps < 1 or record_every < 1 or not lr > 0:
+        raise ValueError(
+            f"steps and record_every must be at least 1 and lr positive, got {steps=}, {record_every=}, {lr=}"
+        )
+    update = optimizer(list(parameters), lr=lr)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(update, steps, eta_min=cosine_to * lr)
+    rows: list[dict[str, Tensor]] = []
+
+    def keep(step: int, value: Tensor) -> None:
+        with torch.no_grad():
+            rows.append({"step": torch.tensor(step), "loss": value.detach().clone(), **(record() if record else {})})
+
+    for step in trange(steps, leave=False):
+        update.zero_grad()
+        value = loss(step)
+        if step == 0:
+            keep(0, value)
+        value.sum().backward()
+        update.step()
+        schedule.step()
+        if (step + 1) % record_every == 0 or step + 1 == steps:
+            if not value.isfinite().all():
+                raise FloatingPointError(f"the loss is {value.tolist()} at step {step}; try a smaller lr than {lr}")
+            keep(step + 1, value)
+    return {key: torch.stack([row[key] for row in rows]) for key in rows[0]}
+
+
+def minibatches(n_samples: int, batch_size: int, generator: torch.Generator) -> Iterator[Int[Tensor, " batch"]]:
+    """Indices of mini-batches without end: a new permutation every epoch, an incomplete last batch dropped.
+
+    Raises
+    ------
+    ValueError
+        If ``batch_size`` is not between 1 and ``n_samples``.
+    """
+    if not 1 <= batch_size <= n_samples:
+        raise ValueError(f"batch_size must be between 1 and n_samples={n_samples}, got {batch_size}")
+    while True:
+        order = torch.randperm(n_samples, generator=generator)
+        yield from order[: n_samples - n_samples % batch_size].split(batch_size)
+
+
+class Ensemble:
+    """Networks of one architecture, evaluated and trained together through ``torch.func.vmap``.
+
+    Parameters
+    ----------
+    members
+        The networks, one per seed. Their parameters are copied into ``parameters``, with a first axis over members.
+    """
+
+    def __init__(self, members: Sequence[nn.Module]) -> None:
+        if not members:
+            raise ValueError("members is empty; an ensemble needs at least one network")
+        self.parameters, self._buffers = stack_module_state(list(members))
+        self._architecture = members[0]
+
+    def __call__(self, x: Float[Tensor, "n *features"]) -> Float[Tensor, "members n *outputs"]:
+        """Outputs of every member for the same inputs."""
+
+        def one(parameters: dict[str, Tensor], buffers: dict[str, Tensor]) -> Tensor:
+            return functional_call(self._architecture, (parameters, buffers), (x,))
+
+        return torch.vmap(one)(self.parameters, self._buffers)

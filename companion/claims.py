@@ -114,8 +114,8 @@ class Report:
         paper: str = "–",
         control: bool = False,
         at_scale: bool = True,
-    ) -> str:
-        """Add a row and return its verdict.
+    ) -> None:
+        """Add a row.
 
         Parameters
         ----------
@@ -151,7 +151,6 @@ class Report:
         if not values:
             raise ValueError(f"measured of {id} is empty; give at least one value")
         self.claims.append(Claim(id, statement, source, values, bound, paper, control, at_scale))
-        return self.claims[-1].verdict
 
     def __str__(self) -> str:
         rows = [
@@ -176,7 +175,9 @@ class Report:
                     "statement": claim.statement,
                     "source": claim.source,
                     "measured": [value if math.isfinite(value) else str(value) for value in claim.measured],
-                    "bound": [end if math.isfinite(end) else str(end) for end in (claim.bound.lower, claim.bound.upper)],
+                    "bound": [
+                        end if math.isfinite(end) else str(end) for end in (claim.bound.lower, claim.bound.upper)
+                    ],
                     "paper": claim.paper,
                     "control": claim.control,
                     "at_scale": claim.at_scale,

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import numpy as np
 import torch
 from jaxtyping import Float, Int
-from sklearn.datasets import fetch_openml, load_digits
+from sklearn.datasets import fetch_openml, get_data_home, load_digits
 from torch import Tensor
 
 from companion import runtime
@@ -116,12 +119,29 @@ def images(name: str) -> tuple[Float[Tensor, "n channels height width"], Int[Ten
         small, labels = digits()
         enlarged = torch.nn.functional.interpolate(small.view(-1, 1, 8, 8), shape[1:], mode="bilinear")
         return enlarged.repeat(1, shape[0], 1, 1), labels
+    folder = Path(get_data_home())
+    kept = folder / f"linear_lens_{name}.npz"
+    if not kept.exists():
+        # Downloaded and parsed in a folder of its own, then moved as a whole: nothing half-written can stay.
+        with TemporaryDirectory(dir=folder) as fresh:
+            pixels, labels = _download(name, data_id, fresh)
+            np.savez(Path(fresh, kept.name), pixels=pixels.astype(np.uint8), labels=labels.astype(np.int64))
+            os.replace(Path(fresh, kept.name), kept)
+    with np.load(kept) as arrays:
+        x = torch.from_numpy(arrays["pixels"].reshape(-1, *shape)).float() / 255
+        return x, torch.from_numpy(arrays["labels"])
+
+
+def _download(name: str, data_id: int, folder: str) -> tuple[np.ndarray, np.ndarray]:
+    """Pixels and labels of an OpenML data set."""
     try:
-        pixels, labels = fetch_openml(data_id=data_id, as_frame=False, parser="pandas", return_X_y=True, n_retries=1)
-    except Exception as error:  # scikit-learn passes on errors of the network, of the server and of the file as they are
+        return fetch_openml(
+            data_id=data_id, data_home=folder, as_frame=False, parser="pandas", return_X_y=True, n_retries=1
+        )
+    except (
+        Exception
+    ) as error:  # scikit-learn passes on errors of the network, of the server and of the file as they are
         raise DataUnavailable(
             f"the data set {name!r} (OpenML {data_id}) could not be downloaded: {error}. Connect to the internet, or "
             "set BOOK_PROFILE=book, which needs no download."
         ) from error
-    x = torch.from_numpy(pixels.astype(np.float32).reshape(-1, *shape) / 255)
-    return x, torch.from_numpy(labels.astype(np.int64))

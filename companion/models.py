@@ -1,8 +1,9 @@
-"""Networks that several tutorials share. Their weights come from the generator that is handed in, never from global state."""
+"""Networks that several tutorials share, with initial weights from the generator that is handed in."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 
 import torch
 from torch import nn
@@ -47,7 +48,7 @@ def mlp(
     if len(sizes) < 2 or min(sizes) < 1:
         raise ValueError(f"sizes must hold at least two positive widths, got {list(sizes)}")
     layers: list[nn.Module] = []
-    for n_in, n_out in zip(sizes[:-1], sizes[1:], strict=True):
+    for n_in, n_out in pairwise(sizes):
         linear = nn.utils.skip_init(nn.Linear, n_in, n_out, bias=bias, dtype=dtype)
         layers += [_initialised(linear, generator), *([activation()] if activation else [])]
     return nn.Sequential(*layers[: -1 if activation else None])
@@ -64,9 +65,11 @@ def convnet(in_channels: int, widths: Sequence[int], n_out: int, *, generator: t
         If ``widths`` is empty or a number of channels is not positive.
     """
     if not widths or min(in_channels, n_out, *widths) < 1:
-        raise ValueError(f"channels must be positive, got in_channels={in_channels}, widths={list(widths)}, n_out={n_out}")
+        raise ValueError(
+            f"channels must be positive, got in_channels={in_channels}, widths={list(widths)}, n_out={n_out}"
+        )
     layers: list[nn.Module] = []
-    for n_in, width in zip([in_channels, *widths[:-1]], widths, strict=True):
+    for n_in, width in pairwise([in_channels, *widths]):
         convolution = nn.utils.skip_init(nn.Conv2d, n_in, width, 3, padding=1)
         layers += [_initialised(convolution, generator), nn.ReLU(), nn.MaxPool2d(2)]
     head = nn.utils.skip_init(nn.Linear, widths[-1], n_out)

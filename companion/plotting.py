@@ -50,7 +50,15 @@ _STYLE = {
     "svg.fonttype": "path",
     "svg.hashsalt": "linear-lens",
     **dict.fromkeys(
-        ("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color", "grid.color", "patch.edgecolor"),
+        (
+            "text.color",
+            "axes.edgecolor",
+            "axes.labelcolor",
+            "xtick.color",
+            "ytick.color",
+            "grid.color",
+            "patch.edgecolor",
+        ),
         _INK,
     ),
 }
@@ -68,7 +76,7 @@ def _svg(figure: Figure, prefix: str) -> str:
     svg = buffer.getvalue()
     svg = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>", "", svg[svg.index("<svg") :], flags=re.DOTALL)
     svg = re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{prefix}-", svg).replace(_INK, "currentColor")
-    # A style sheet inside the SVG would style the whole page, and glyphs have no colour of their own: both become attributes.
+    # A style sheet inside the SVG would style the whole page, and glyphs have no colour of their own: attributes do.
     svg = svg.replace("<svg ", '<svg fill="currentColor" stroke-linejoin="round" stroke-linecap="butt" ', 1)
     return re.sub(r'\bd="[^"]*"', lambda path: re.sub(r"(\.\d\d)\d+", r"\1", path[0]), svg)
 
@@ -101,9 +109,9 @@ def show(figure: Figure, *, caption: str, alt: str, card: bool = False) -> None:
         If ``caption`` or ``alt`` is empty.
     """
     name = _described(caption, alt)
-    label = f'role="img" aria-label="{html.escape(alt)}"'
+    picture = f'<div role="img" aria-label="{html.escape(alt)}">{_svg(figure, name)}</div>'
     bundle = {
-        "text/html": f'<figure class="lens"><div {label}>{_svg(figure, name)}</div><figcaption>{caption}</figcaption></figure>',
+        "text/html": f'<figure class="lens">{picture}<figcaption>{caption}</figcaption></figure>',
         "text/plain": f"[figure] {alt}",
     }
     if card:
@@ -139,13 +147,22 @@ def show_slider(figures: Iterable[Figure], labels: Sequence[str], *, name: str, 
         If a text is empty, or ``labels`` and ``figures`` differ in number.
     """
     prefix = _described(caption, alt)
-    frames = []
-    for number, (figure, label) in enumerate(zip(figures, labels, strict=True)):
-        hidden = " hidden" if number else ""
-        frames.append(f'<div data-label="{html.escape(label)}"{hidden}>{_svg(figure, f"{prefix}-{number}")}</div>')
+    pictures = []
+    for number, figure in enumerate(figures):
+        pictures.append(_svg(figure, f"{prefix}-{number}"))
         plt.close(figure)
+    if len(pictures) != len(labels):
+        raise ValueError(f"labels must name every figure, got {len(labels)} labels for {len(pictures)} figures")
+    frames = [
+        f'<div data-label="{html.escape(label)}"{" hidden" if number else ""}>{picture}</div>'
+        for number, (label, picture) in enumerate(zip(labels, pictures, strict=True))
+    ]
     page = _SLIDER.format(
-        frames="".join(frames), alt=html.escape(alt), caption=caption, name=html.escape(name), first=html.escape(labels[0]),
+        frames="".join(frames),
+        alt=html.escape(alt),
+        caption=caption,
+        name=html.escape(name),
+        first=html.escape(labels[0]),
         last=len(frames) - 1,
     )
     display({"text/html": page, "text/plain": f"[figure with slider] {alt}"}, raw=True)

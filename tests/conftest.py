@@ -1,0 +1,35 @@
+"""What several tests need: where things are, and the tutorials of the book."""
+
+from pathlib import Path
+
+import nbformat
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[1]
+THEMES = ("linear_dynamics", "collapse", "robustness", "interpretability", "scientific_ml")
+NOTEBOOKS = sorted((ROOT / "book").glob("*/*.ipynb"))
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """A test that asks for ``notebook_path`` or ``theme`` runs once for each notebook or theme with notebooks."""
+    if "notebook_path" in metafunc.fixturenames:
+        metafunc.parametrize("notebook_path", NOTEBOOKS, ids=[f"{path.parent.name}/{path.stem}" for path in NOTEBOOKS])
+    if "theme" in metafunc.fixturenames:
+        metafunc.parametrize("theme", [name for name in THEMES if any(path.parent.name == name for path in NOTEBOOKS)])
+
+
+@pytest.fixture
+def notebook(notebook_path: Path) -> nbformat.NotebookNode:
+    return nbformat.read(notebook_path, as_version=4)
+
+
+@pytest.fixture
+def generator() -> torch.Generator:
+    return torch.Generator().manual_seed(0)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def one_thread() -> None:
+    """Tests run side by side, as notebooks do."""
+    torch.set_num_threads(1)

@@ -1,0 +1,162 @@
+"""Data sets against scikit-learn, and downloads against a server that fails."""
+
+import gzip
+import hashlib
+import http.server
+import json
+import threading
+from urllib.parse import urlsplit
+from urllib.request import urlopen
+
+import numpy as np
+import pytest
+import torch
+from sklearn.datasets import _openml, load_digits
+from sklearn.decomposition import PCA
+
+from companion import data
+
+
+def test_digits_are_scikit_learns():
+    x, labels = data.digits()
+    pixels, digit = load_digits(return_X_y=True)
+    np.testing.assert_array_equal(x * 16, pixels)
+    np.testing.assert_array_equal(labels, digit)
+
+
+def test_digits_of_some_classes_are_the_first_ones():
+    x, labels = data.digits([7, 1], per_class=[3, 5])
+    pixels, digit = load_digits(return_X_y=True)
+    assert labels.bincount().tolist() == [3, 5]
+    np.testing.assert_array_equal(x[labels == 0] * 16, pixels[digit == 7][:3])
+    np.testing.assert_array_equal(x[labels == 1] * 16, pixels[digit == 1][:5])
+
+
+def test_mixture_has_the_moments_it_was_asked_for(generator):
+    means = torch.tensor([[0.0, 5.0, -1.0], [2.0, 2.0, 2.0]], dtype=torch.float64)
+    x, labels = data.gaussian_mixture(means, 40_000, 0.5, generator)
+    for label in (0, 1):
+        torch.testing.assert_close(x[labels == label].mean(0), means[label], atol=0.01, rtol=0)
+        torch.testing.assert_close(x[labels == label].T.cov(), 0.25 * torch.eye(3).double(), atol=0.01, rtol=0)
+
+
+def test_whitened_data_have_unit_covariance_and_span_the_principal_components():
+    x = data.digits()[0].double()
+    white = data.whiten(x, 12)
+    torch.testing.assert_close(white.T @ white / len(x), torch.eye(12).double(), atol=1e-10, rtol=0)
+    reference = PCA(12, whiten=True).fit_transform(x)  # scikit-learn divides by n - 1
+    correlation = np.abs((white.numpy() * reference).sum(0)) / np.sqrt(len(x) * (len(x) - 1))
+    np.testing.assert_allclose(correlation, 1, atol=1e-6)
+
+
+def test_bad_input_is_named(generator):
+    with pytest.raises(ValueError, match=r"classes must be different digits from 0 to 9, got \[3, 3\]"):
+        data.digits([3, 3])
+    with pytest.raises(ValueError, match="between 1 and 178 for digit 0, got 200"):
+        data.digits([0], per_class=200)
+    with pytest.raises(ValueError, match="one entry per class, got 1 for 2"):
+        data.digits([0, 1], per_class=[5])
+    with pytest.raises(ValueError, match="means must be a finite"):
+        data.gaussian_mixture(torch.full((2, 2), torch.nan), 5, 1.0, generator)
+    with pytest.raises(ValueError, match=r"std=0\.0"):
+        data.gaussian_mixture(torch.zeros(2, 2), 5, 0.0, generator)
+    with pytest.raises(ValueError, match="x holds NaN"):
+        data.whiten(torch.full((4, 2), torch.nan), 1)
+    with pytest.raises(ValueError, match="between 1 and the rank of x, 1, got 2"):
+        data.whiten(torch.arange(8.0).view(4, 2), 2)
+    with pytest.raises(ValueError, match="name must be one of mnist, cifar10, got 'imagenet'"):
+        data.images("imagenet")
+
+
+@pytest.mark.parametrize(("name", "shape"), [("mnist", (1, 28, 28)), ("cifar10", (3, 32, 32))])
+def test_smoke_profile_downloads_nothing(monkeypatch, name, shape):
+    monkeypatch.setenv("BOOK_PROFILE", "smoke")
+    monkeypatch.setattr(data, "fetch_openml", lambda **_: pytest.fail("a download was tried"))
+    x, labels = data.images(name)
+    assert x.shape[1:] == shape
+    assert 0 <= x.min() < x.max() <= 1
+    assert len(x) == len(labels)
+
+
+class OpenMLStandIn(http.server.BaseHTTPRequestHandler):
+    """A local OpenML with a data set of three 28x28 images; it breaks off in the middle of the file when told to."""
+
+    breaks_off = False
+
+    def do_GET(self):
+        pixels = np.random.default_rng(0).integers(0, 256, (3, 784))
+        names = [f"pixel{i}" for i in range(784)]
+        arff = "@RELATION stand_in\n" + "".join(f"@ATTRIBUTE {name} REAL\n" for name in names)
+        arff += "@ATTRIBUTE class {0,1,7}\n@DATA\n"
+        arff += "".join(",".join(map(str, row)) + f",{label}\n" for row, label in zip(pixels, "701", strict=True))
+        checksum = hashlib.md5(arff.encode()).hexdigest()
+        features = [
+            {"index": str(i), "name": n, "data_type": "numeric", "is_target": "false"} for i, n in enumerate(names)
+        ]
+        features.append({"index": "784", "name": "class", "data_type": "nominal", "is_target": "true"})
+        for feature in features:
+            feature.update(is_ignore="false", is_row_identifier="false", number_of_missing_values="0")
+        description = {
+            **{"id": "554", "name": "mnist_784", "version": "1", "format": "ARFF", "status": "active", "file_id": "9"},
+            **{"default_target_attribute": "class", "md5_checksum": checksum, "processing_date": ""},
+            "url": "https://www.openml.org/data/v1/download/9/stand_in.arff",
+        }
+        if "features" in self.path:
+            body = json.dumps({"data_features": {"feature": features}}).encode()
+        elif "qualities" in self.path:
+            body = json.dumps({"data_qualities": {"quality": [{"name": "NumberOfInstances", "value": "3"}]}}).encode()
+        elif "json/data/" in self.path:
+            body = json.dumps({"data_set_description": description}).encode()
+        else:
+            body = gzip.compress(arff.encode())
+        compressed = body[:2] == b"\x1f\x8b"
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(body)))
+        if compressed:
+            self.send_header("Content-Encoding", "gzip")
+        self.end_headers()
+        self.wfile.write(body[: len(body) // 2] if compressed and self.breaks_off else body)
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture
+def openml(monkeypatch, tmp_path):
+    monkeypatch.setenv("BOOK_PROFILE", "full")
+    monkeypatch.setenv("SCIKIT_LEARN_DATA", str(tmp_path))
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), OpenMLStandIn) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        address = f"http://127.0.0.1:{server.server_port}"
+        monkeypatch.setattr(
+            _openml, "urlopen", lambda request: urlopen(address + urlsplit(request.full_url).path, timeout=10)
+        )
+        monkeypatch.setattr(OpenMLStandIn, "breaks_off", False)
+        yield tmp_path
+        server.shutdown()
+
+
+def test_full_profile_downloads_and_scales(openml):
+    x, labels = data.images("mnist")
+    assert x.shape == (3, 1, 28, 28)
+    np.testing.assert_allclose(x.view(3, -1) * 255, np.random.default_rng(0).integers(0, 256, (3, 784)), atol=1e-4)
+    assert labels.tolist() == [7, 0, 1]
+
+
+def test_a_download_that_breaks_off_leaves_nothing_and_says_the_way_out(openml, monkeypatch):
+    monkeypatch.setattr(OpenMLStandIn, "breaks_off", True)
+    with (
+        pytest.warns(RuntimeWarning, match="Invalid cache"),
+        pytest.raises(data.DataUnavailable, match=r"'mnist' \(OpenML 554\) could not be.*BOOK_PROFILE=book"),
+    ):
+        data.images("mnist")
+    assert not list(openml.iterdir())
+    monkeypatch.setattr(OpenMLStandIn, "breaks_off", False)
+    assert len(data.images("mnist")[0]) == 3
+    assert [path.name for path in openml.iterdir()] == ["linear_lens_mnist.npz"]
+
+
+def test_a_data_set_is_downloaded_once(openml, monkeypatch):
+    first = data.images("mnist")
+    monkeypatch.setattr(data, "fetch_openml", lambda **_: pytest.fail("it was downloaded again"))
+    assert all(torch.equal(again, before) for again, before in zip(data.images("mnist"), first, strict=True))

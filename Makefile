@@ -29,6 +29,7 @@ test: .venv/ready  ## Check everything: modules, notebooks, course, workflows, a
 	$(BIN)/ruff format --check .
 	$(BIN)/lint-imports --no-cache
 	$(BIN)/pytest -n auto --dist worksteal
+	$(BIN)/pytest -n auto --dist loadfile --nbval-lax --nbval-sanitize-with tests/nbval_sanitize.cfg -W ignore book
 
 test-site: .venv/ready  ## Check the built site in headless Chromium
 	$(BIN)/pytest -n auto tests/test_site.py

@@ -1,5 +1,6 @@
 """What several tests need: where things are, and the tutorials of the book."""
 
+import sys
 from pathlib import Path
 
 import nbformat
@@ -7,6 +8,7 @@ import pytest
 import torch
 
 ROOT = Path(__file__).parents[1]
+SCRIPTS = Path(sys.executable).parent  # where pip puts command-line tools
 THEMES = ("linear_dynamics", "collapse", "robustness", "interpretability", "scientific_ml")
 NOTEBOOKS = sorted((ROOT / "book").glob("*/*.ipynb"))
 

@@ -12,7 +12,7 @@ import venv
 import nbformat
 import pytest
 import yaml
-from conftest import NOTEBOOKS, ROOT
+from conftest import NOTEBOOKS, ROOT, SCRIPTS
 from packaging.requirements import Requirement
 from packaging.version import Version
 
@@ -34,7 +34,7 @@ def test_binder_installs_what_the_package_asks_for():
 
 
 def test_binder_accepts_the_checkout():
-    command = ["jupyter-repo2docker", "--no-build", "--debug", str(ROOT)]
+    command = [SCRIPTS / "jupyter-repo2docker", "--no-build", "--debug", str(ROOT)]
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
     assert '--file "environment.yml"' in result.stderr + result.stdout

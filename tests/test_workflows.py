@@ -6,7 +6,7 @@ import subprocess
 
 import pytest
 import yaml
-from conftest import ROOT
+from conftest import ROOT, SCRIPTS
 
 WORKFLOWS = sorted((ROOT / ".github" / "workflows").glob("*.yml"))
 
@@ -17,12 +17,12 @@ def run(*command, **options):
 
 def test_workflows_and_dependabot_follow_their_schemas():
     for schema, files in {"github-workflows": WORKFLOWS, "dependabot": [ROOT / ".github" / "dependabot.yml"]}.items():
-        result = run("check-jsonschema", "--builtin-schema", f"vendor.{schema}", *files)
+        result = run(SCRIPTS / "check-jsonschema", "--builtin-schema", f"vendor.{schema}", *files)
         assert result.returncode == 0, result.stdout
 
 
 def test_zizmor_finds_nothing():
-    result = run("zizmor", "--offline", "--persona", "auditor", "--no-progress", ROOT / ".github")
+    result = run(SCRIPTS / "zizmor", "--offline", "--persona", "auditor", "--no-progress", ROOT / ".github")
     assert result.returncode == 0, result.stdout
 
 

@@ -1,7 +1,5 @@
 # Every target is a line or two that calls a real tool. `make` alone explains them.
 .DEFAULT_GOAL := help
-.ONESHELL:
-.SHELLFLAGS := -eu -c
 PYTHON ?= python3
 BIN := .venv/bin
 export OMP_NUM_THREADS := 1

@@ -221,7 +221,7 @@ def claims_table(reports: Sequence[Report], links: Sequence[str] | None = None) 
                 f"<td>{html.escape(claim.statement)}{kind} <small>{html.escape(claim.source)}</small></td>"
                 f"<td>{html.escape(claim.paper)}</td>"
                 f'<td class="measured">{html.escape(claim.summary)}</td>'
-                f"<td>{html.escape(str(claim.bound))}</td>"
+                f'<td class="bound">{html.escape(str(claim.bound))}</td>'
                 f'<td class="verdict {claim.verdict.split()[0]}">{verdict}</td></tr>'
             )
     head = "".join(f'<th scope="col">{name}</th>' for name in ("", "Claim", "Paper", "Measured", "Bound", "Verdict"))

@@ -7,10 +7,10 @@ import nbformat
 import pytest
 import yaml
 from conftest import NOTEBOOKS, ROOT, THEMES
-from nbstripout import strip_output
 from pybtex.database import parse_file
 
 from companion import claims
+from tools.strip import strip
 
 PAPERS = sorted(path for theme in THEMES for path in (ROOT / "companion" / theme).glob("[!_]*.py"))
 CHAPTERS = {
@@ -70,8 +70,8 @@ def test_only_the_contract_cell_keeps_its_output(notebook):
     kept = [cell for cell in code_cells(notebook) if cell.outputs or cell.execution_count]
     assert [tags(cell) for cell in kept] == [["keep_output", "nbval-check-output"]]
     assert kept[0].source == "report"
-    stripped = strip_output(nbformat.from_dict(notebook), keep_output=False, keep_count=False, keep_id=True)
-    assert [cell.source for cell in stripped.cells] == [cell.source for cell in notebook.cells]
+    before = nbformat.writes(notebook)
+    assert nbformat.writes(strip(notebook)) == before, "run `python -m tools.strip` on the notebook"
 
 
 def test_claims_hold_and_have_a_control(notebook_path, notebook):
@@ -107,6 +107,14 @@ def test_every_figure_has_a_caption_and_alternative_text(notebook):
     drawn = sum(len(list(calls(notebook, {name}))) for name in ("subplots", "figure"))
     assert not drawn or figures
     assert not list(calls(notebook, {"imsave", "to_jshtml"}))
+
+
+def test_what_only_presents_is_folded_on_the_site(notebook):
+    for cell in code_cells(notebook):
+        presents = "plotting.show" in cell.source and len(cell.source.splitlines()) > 12
+        if not is_exercise(cell) and (presents or "runtime.settings(" in cell.source or "report.check(" in cell.source):
+            assert "hide-input" in tags(cell)
+            assert cell.metadata.mystnb.code_prompt_show
 
 
 def test_citations_resolve(notebook):

@@ -91,7 +91,8 @@ def test_page_loads_alone_and_is_accessible(browser, address, name):
     assert problems == []
 
     page.remove_listener("response", on_response)
-    for scheme in ("light", "dark"):
+    for scheme, width in (("light", 1280), ("dark", 360)):
+        page.set_viewport_size({"width": width, "height": 800})
         page.emulate_media(color_scheme=scheme)
         page.wait_for_function("scheme => document.documentElement.dataset.theme === scheme", arg=scheme)
         violations = Axe().run(page).response["violations"]
@@ -103,7 +104,6 @@ def test_page_loads_alone_and_is_accessible(browser, address, name):
         ]
         assert found == []
 
-    page.set_viewport_size({"width": 360, "height": 800})
     assert page.evaluate("document.documentElement.scrollWidth") <= 360
     context.close()
 

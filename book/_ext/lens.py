@@ -78,7 +78,10 @@ class Scoreboard(SphinxDirective):
     def run(self) -> list[nodes.Node]:
         app = self.env.app
         order = {name: position for position, name in enumerate(tutorials(app))}
-        reports = sorted(claims.read_reports(app.srcdir), key=lambda report: order[report.tutorial])
+        try:
+            reports = sorted(claims.read_reports(app.srcdir), key=lambda report: order[report.tutorial])
+        except ValueError as error:
+            raise self.error(str(error)) from error
         links = [
             f'<a href="{app.builder.get_relative_uri(self.env.docname, report.tutorial)}">'
             f"{html.escape(opening(app, report.tutorial)[0])}</a>"
@@ -99,6 +102,7 @@ def configure(app: Sphinx, config: Config) -> None:
     options = config.html_theme_options
     has_home = bool(options.get("repository_url"))
     options.update(use_repository_button=has_home, use_issues_button=has_home, use_fullscreen_button=False)
+    options["footer_content_items"] = ["copyright.html", "extra-footer.html"]
     if not has_home:
         options["launch_buttons"] = {}
     config.html_context["default_mode"] = "auto"

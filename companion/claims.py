@@ -147,7 +147,8 @@ class Report:
             raise ValueError(f"id {id!r} is already in the report of {self.tutorial}; every claim needs its own")
         if not isinstance(bound, Bound):
             raise TypeError(f"bound of {id} must come from below, above or between, got {bound!r}")
-        values = tuple(float(value) for value in measured) if isinstance(measured, Iterable) else (float(measured),)
+        several = isinstance(measured, Iterable) and getattr(measured, "ndim", 1) > 0
+        values = tuple(float(value) for value in measured) if several else (float(measured),)
         if not values:
             raise ValueError(f"measured of {id} is empty; give at least one value")
         self.claims.append(Claim(id, statement, source, values, bound, paper, control, at_scale))

@@ -4,7 +4,9 @@ import json
 import math
 
 import nbformat
+import numpy as np
 import pytest
+import torch
 from bs4 import BeautifulSoup
 from hypothesis import given
 from hypothesis import strategies as st
@@ -46,6 +48,15 @@ def test_verdicts_follow_from_measured_values():
     report.check("C1", "one seed of three is outside", source="Fig. 1", measured=[1, 1.5, 2.2], bound=below(2))
     report.check("C2", "outside, and not expected here", source="Fig. 1", measured=3, bound=below(2), at_scale=False)
     assert [claim.verdict for claim in report.claims] == ["fails", "fails"]
+
+
+@pytest.mark.parametrize(
+    "measured", [2, 2.0, np.float64(2), torch.tensor(2.0), [2], np.array([2.0]), {"a": 2}.values()]
+)
+def test_numbers_of_every_kind_are_accepted(measured):
+    report = claims.Report("collapse/example")
+    report.check("C1", "two", source="Fig. 1", measured=measured, bound=below(3))
+    assert report.claims[0].measured == (2.0,)
 
 
 def test_summary_gives_median_range_and_number():

@@ -108,6 +108,7 @@ def configure(app: Sphinx, config: Config) -> None:
     config.html_context["default_mode"] = "auto"
     for listeners in app.events.listeners.values():
         listeners[:] = [entry for entry in listeners if not entry.handler.__module__.startswith("sphinx_thebe")]
+    app.registry.css_files[:] = [entry for entry in app.registry.css_files if "thebe" not in entry[0]]
 
 
 def write_pictures(app: Sphinx, exception: Exception | None) -> None:

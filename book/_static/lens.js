@@ -1,8 +1,9 @@
-// Wide formulas scroll inside themselves: make them reachable by keyboard, as the theme does for wide code.
-const reachFormulas = () =>
-  document.querySelectorAll('mjx-container[display="true"]').forEach((formula) => {
-    if (formula.scrollWidth > formula.clientWidth) formula.tabIndex = 0;
-    else formula.removeAttribute("tabindex");
+// Wide formulas and, on a phone, wide figures scroll inside themselves: make them reachable by keyboard, as the theme
+// does for wide code.
+const makeReachable = () =>
+  document.querySelectorAll('mjx-container[display="true"], figure.lens [role="img"]').forEach((element) => {
+    if (element.scrollWidth > element.clientWidth) element.tabIndex = 0;
+    else element.removeAttribute("tabindex");
   });
-window.addEventListener("load", () => window.MathJax?.startup?.promise.then(reachFormulas));
-window.addEventListener("resize", reachFormulas);
+window.addEventListener("load", () => Promise.resolve(window.MathJax?.startup?.promise).then(makeReachable));
+window.addEventListener("resize", makeReachable);

@@ -69,24 +69,14 @@ def use_style() -> None:
     plt.rcParams.update(_STYLE)
 
 
-# A letter's outline as matplotlib writes it: named by font and character, the same in every figure.
-_GLYPH_NAME = r"(?:[A-Z]\w+-)+[0-9a-f]+"
-_GLYPH = re.compile(rf'<path id="\w+-{_GLYPH_NAME}"(?: d="[^"]*")? transform="scale[^"]*"/>')
-
-
-def _svg(figure: Figure, name: str, frame: str = "") -> str:
-    """The figure as an inline SVG in the page's ink, with identifiers that no other figure or frame of the page has."""
+def _svg(figure: Figure, prefix: str) -> str:
+    """The figure as an inline SVG in the page's ink, with identifiers that no other figure of the page has."""
     buffer = io.StringIO()
     figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
     svg = buffer.getvalue()
     svg = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>", "", svg[svg.index("<svg") :], flags=re.DOTALL)
     svg = re.sub(r"\s*\n\s*", "\n", svg).replace(_INK, "currentColor")
-    # Letters are named by their font and shared by all frames; everything else belongs to this frame alone.
-    svg = re.sub(
-        rf'(\bid="|href="#|url\(#)({_GLYPH_NAME}")?',
-        lambda found: f"{found[1]}{name}-{found[2]}" if found[2] else f"{found[1]}{name}{frame}-",
-        svg,
-    )
+    svg = re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{prefix}-", svg)
     # A style sheet inside the SVG would style the whole page, and glyphs have no colour of their own: attributes do.
     svg = svg.replace("<svg ", '<svg fill="currentColor" stroke-linejoin="round" stroke-linecap="butt" ', 1)
     return re.sub(r'\bd="[^"]*"', lambda path: re.sub(r"(\.\d)\d+", r"\1", path[0]), svg)
@@ -157,12 +147,10 @@ def show_slider(figures: Iterable[Figure], labels: Sequence[str], *, name: str, 
     ValueError
         If a text is empty, or ``labels`` and ``figures`` differ in number.
     """
-    identifier = _described(caption, alt)
-    pictures, letters = [], {}
+    prefix = _described(caption, alt)
+    pictures = []
     for number, figure in enumerate(figures):
-        picture = _svg(figure, identifier, f"-{number}")
-        letters.update((found[0], None) for found in _GLYPH.finditer(picture))
-        pictures.append(_GLYPH.sub("", picture))
+        pictures.append(_svg(figure, f"{prefix}-{number}"))
         plt.close(figure)
     if len(pictures) != len(labels):
         raise ValueError(f"labels must name every figure, got {len(labels)} labels for {len(pictures)} figures")
@@ -171,7 +159,6 @@ def show_slider(figures: Iterable[Figure], labels: Sequence[str], *, name: str, 
         for number, (label, picture) in enumerate(zip(labels, pictures, strict=True))
     ]
     page = _SLIDER.format(
-        letters="".join(letters),
         frames="".join(frames),
         alt=html.escape(alt),
         caption=caption,
@@ -182,9 +169,7 @@ def show_slider(figures: Iterable[Figure], labels: Sequence[str], *, name: str, 
     display({"text/html": page, "text/plain": f"[figure with slider] {alt}"}, raw=True)
 
 
-_SLIDER = """<figure class="lens slider">
-<svg width="0" height="0" style="position: absolute" aria-hidden="true"><defs>{letters}</defs></svg>
-<div role="img" aria-label="{alt}">{frames}</div>
+_SLIDER = """<figure class="lens slider"><div role="img" aria-label="{alt}">{frames}</div>
 <div class="controls"><button type="button">Play</button>
 <label>{name} <input type="range" min="0" max="{last}" value="0"></label> <output>{first}</output></div>
 <figcaption>{caption}</figcaption>

@@ -95,6 +95,7 @@ def test_page_loads_alone_and_is_accessible(browser, address, name):
         page.set_viewport_size({"width": width, "height": 800})
         page.emulate_media(color_scheme=scheme)
         page.wait_for_function("scheme => document.documentElement.dataset.theme === scheme", arg=scheme)
+        page.wait_for_timeout(500)  # the theme waits for the end of a resize before it marks what scrolls
         violations = Axe().run(page).response["violations"]
         found = [
             f"{scheme}: {violation['id']}: {node['html'][:300]} {node['failureSummary']}"
@@ -136,10 +137,16 @@ def test_internal_links_and_images_exist(name):
 def test_every_picture_has_alternative_text(name):
     page = soup(SITE / name)
     assert not [image for image in page.find_all("img") if not image.has_attr("alt")]
-    assert not [
-        svg for svg in page.select("figure.lens svg") if not svg.find_parent(role="img", attrs={"aria-label": True})
-    ]
+    pictures = page.select("figure.lens svg:not([aria-hidden])")
+    assert not [picture for picture in pictures if not picture.find_parent(role="img", attrs={"aria-label": True})]
     assert not [figure for figure in page.select("figure.lens") if not figure.figcaption.get_text(strip=True)]
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_figures_find_their_letters_and_share_no_identifier(name):
+    identifiers = [tag["id"] for tag in soup(SITE / name).select("svg [id]")]
+    assert len(identifiers) == len(set(identifiers))
+    assert {tag["xlink:href"][1:] for tag in soup(SITE / name).find_all("use")} <= set(identifiers)
 
 
 def test_every_tutorial_is_in_the_gallery_with_its_picture():

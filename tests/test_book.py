@@ -7,6 +7,7 @@ import nbformat
 import pytest
 import yaml
 from conftest import NOTEBOOKS, ROOT, THEMES
+from IPython.core.inputtransformer2 import TransformerManager
 from pybtex.database import parse_file
 
 from companion import claims
@@ -34,13 +35,8 @@ def is_exercise(cell):
 
 
 def parsed(cell):
-    """The syntax tree of a code cell, IPython's magics left out."""
-    return ast.parse(
-        "\n".join(
-            "pass" if line.startswith("%") else line.replace("    %pip", "    pass #")
-            for line in cell.source.splitlines()
-        )
-    )
+    """The syntax tree of a code cell, with IPython's magics as function calls."""
+    return ast.parse(TransformerManager().transform_cell(cell.source))
 
 
 def calls(notebook, names):

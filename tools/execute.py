@@ -16,6 +16,7 @@ from pathlib import Path
 
 import grimp
 import nbformat
+from IPython.core.inputtransformer2 import TransformerManager
 from jupyter_cache import get_cache
 from jupyter_cache.cache.db import NbCacheRecord, NbProjectRecord, session_context
 from jupyter_cache.executors import load_executor
@@ -26,10 +27,10 @@ from companion import runtime
 
 def imported_modules(notebook: Path, graph: grimp.ImportGraph) -> set[str]:
     """The companion modules that a notebook imports, with all that those import inside the companion."""
-    code = [cell.source for cell in nbformat.read(notebook, as_version=4).cells if cell.cell_type == "code"]
-    lines = [line for source in code for line in source.splitlines() if not line.lstrip().startswith(("%", "!"))]
+    to_python = TransformerManager().transform_cell  # magics become function calls
+    cells = [cell for cell in nbformat.read(notebook, as_version=4).cells if cell.cell_type == "code"]
     names = set()
-    for node in ast.walk(ast.parse("\n".join(line if line.strip() else "" for line in lines))):
+    for node in ast.walk(ast.parse("\n".join(to_python(cell.source) for cell in cells))):
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):

@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.func import functional_call, stack_module_state
-from tqdm.auto import trange
+from tqdm import trange
 
 History = dict[str, Tensor]
 

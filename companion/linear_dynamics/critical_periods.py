@@ -19,7 +19,7 @@ from jaxtyping import Bool, Float
 from scipy.integrate import solve_ivp
 from scipy.optimize import brentq
 from torch import Tensor
-from tqdm.auto import trange
+from tqdm import trange
 
 Weights = list[Float[Tensor, "*batch n_out n_in"]]
 

@@ -22,7 +22,7 @@ from numpy.typing import ArrayLike
 from scipy.integrate import quad, solve_ivp
 from scipy.signal import lfilter
 from torch import Tensor
-from tqdm.auto import trange
+from tqdm import trange
 
 OBJECTIVES = ("jepa", "mae")
 

@@ -17,7 +17,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, gelu
-from tqdm.auto import trange
+from tqdm import trange
 
 from companion.models import mlp
 from companion.training import minibatches

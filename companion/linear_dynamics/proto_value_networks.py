@@ -15,6 +15,8 @@ import copy
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 
+import gymnasium
+import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
@@ -38,12 +40,20 @@ _MAP = (
     "#############",
 )
 _MOVES = ((-1, 0), (0, 1), (1, 0), (0, -1))  # up, right, down, left
+_LIMIT = 60  # steps of an episode that does not find its goal
 
 
-class FourRooms:
+class FourRooms(gymnasium.Env):
     """A maze of four rooms; an agent that walks into a wall stays where it is.
 
-    States are the free cells, row by row. An observation is the 13x13 picture of the maze with a one at the agent.
+    States are the free cells, row by row. An observation is the 13x13 picture of the maze with a one at the agent. As
+    an environment of gymnasium it starts anywhere but on the goal, pays 1 on entering the goal, which ends the episode,
+    and gives up after 60 steps. The functions below use the table of transitions instead, many runs at once.
+
+    Parameters
+    ----------
+    goal
+        Row and column of the goal; without one there is no reward.
 
     Attributes
     ----------
@@ -53,9 +63,14 @@ class FourRooms:
         (n, 4), the next state for the actions up, right, down and left.
     observations
         (n, 169), one-hot.
+
+    Raises
+    ------
+    ValueError
+        If the goal is a wall or outside the map.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, goal: tuple[int, int] | None = None) -> None:
         self.walls: Bool[Tensor, "13 13"] = torch.tensor([[cell == "#" for cell in row] for row in _MAP])
         cells = (~self.walls).nonzero()
         self.n_states = len(cells)
@@ -66,6 +81,23 @@ class FourRooms:
         self.transitions: Int[Tensor, "n 4"] = torch.where(following < 0, number[~self.walls][:, None], following)
         self.observations: Float[Tensor, "n 169"] = torch.eye(self.walls.numel())[(~self.walls).flatten()]
         self._number = number
+        self.action_space = gymnasium.spaces.Discrete(len(_MOVES))
+        self.observation_space = gymnasium.spaces.Box(0, 1, (self.walls.numel(),), np.float32)
+        self._goal = None if goal is None else self.state(*goal)
+
+    def reset(self, *, seed: int | None = None, options: dict | None = None) -> tuple[np.ndarray, dict]:
+        """Start an episode; gymnasium's interface."""
+        super().reset(seed=seed)
+        self._at = int(self.np_random.choice([state for state in range(self.n_states) if state != self._goal]))
+        self._age = 0
+        return self.observations[self._at].numpy().copy(), {}
+
+    def step(self, action: int) -> tuple[np.ndarray, float, bool, bool, dict]:
+        """Move; gymnasium's interface."""
+        self._at = int(self.transitions[self._at, action])
+        self._age += 1
+        arrived = self._at == self._goal
+        return self.observations[self._at].numpy().copy(), float(arrived), arrived, self._age >= _LIMIT, {}
 
     def state(self, row: int, column: int) -> int:
         """The state of a cell; a cell on a wall or outside the map raises ValueError."""
@@ -415,7 +447,7 @@ def q_learning(
     _check_gamma(gamma)
     if steps < 20 or records < 1 or steps % (2 * records) or not lr > 0:
         raise ValueError(f"steps must be 20 or more and a multiple of 2 * records, lr > 0: {steps=}, {records=}, {lr=}")
-    n_step, limit, runs = 5, 60, len(goals)
+    n_step, limit, runs = 5, _LIMIT, len(goals)
     run, each = torch.arange(runs), torch.arange(runs)[:, None]
     starts = torch.randint(maze.n_states, (steps + 1, runs), generator=generator)
     explore = torch.rand(steps, runs, generator=generator) < 0.1

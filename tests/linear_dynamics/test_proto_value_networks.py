@@ -6,6 +6,7 @@ from collections import deque
 import numpy as np
 import pytest
 import torch
+from gymnasium.utils.env_checker import check_env
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.linalg import subspace_angles
@@ -63,6 +64,33 @@ def best_actions(goal):
 
 
 # --- the maze ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("goal", [None, (1, 1)])
+def test_the_maze_is_an_environment_of_gymnasium(goal):
+    check_env(FourRooms(goal), skip_render_check=True)
+
+
+def test_an_episode_ends_at_its_goal_or_after_sixty_steps():
+    maze = FourRooms((1, 1))
+    goal, far = maze.state(1, 1), distances(maze.state(1, 1))
+    for seed in range(20):
+        observation, _ = maze.reset(seed=seed)
+        start = int(maze.observations.mv(torch.from_numpy(observation)).argmax())
+        assert start != goal
+        state, rewards, steps, ended = start, 0.0, 0, False
+        while not ended:  # downhill in the number of steps to the goal
+            action = int(far[maze.transitions[state]].argmin())
+            observation, reward, terminated, truncated, _ = maze.step(action)
+            state = int(maze.observations.mv(torch.from_numpy(observation)).argmax())
+            rewards, steps, ended = rewards + reward, steps + 1, terminated or truncated
+        assert (state, rewards, steps) == (goal, 1.0, int(far[start]))
+    maze.reset(seed=0)
+    outcomes = [maze.step(2)[2:4] for _ in range(60)]  # down, into a wall, for ever
+    assert outcomes[-1] == (False, True)
+    assert not any(truncated for _, truncated in outcomes[:-1])
+    with pytest.raises(ValueError, match=r"free cell of the 13x13 map, got \(0, 0\)"):
+        FourRooms((0, 0))
 
 
 def test_the_maze_is_the_one_of_the_specification():

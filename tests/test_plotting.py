@@ -57,9 +57,20 @@ def test_figures_of_a_page_share_no_identifier(shown):
     )
     pages = [BeautifulSoup(content["text/html"], "html.parser") for content in shown]
     identifiers = [tag["id"] for page in pages for tag in page.find_all(id=True)]
-    assert len(identifiers) == len(set(identifiers)) > 50
+    assert len(identifiers) == len(set(identifiers)) > 20
     references = {tag["xlink:href"] for page in pages for tag in page.find_all("use")}
     assert references <= {f"#{identifier}" for identifier in identifiers}
+
+
+def test_panels_that_are_alike_share_no_identifier_either(shown):
+    figure, panels = plt.subplots(1, 2)
+    for axes in panels:
+        axes.imshow([[0, 1], [2, 3]])
+    plotting.show(figure, caption="Twice the same.", alt="Two equal heat maps.")
+    page = BeautifulSoup(shown[0]["text/html"], "html.parser")
+    identifiers = [tag["id"] for tag in page.find_all(id=True)]
+    assert len(identifiers) == len(set(identifiers))
+    assert len(page.find_all("image")) == 2
 
 
 def test_card_is_a_png(shown):

@@ -6,10 +6,14 @@ from pathlib import Path
 import nbformat
 import pytest
 import torch
+from hypothesis import settings
 
 ROOT = Path(__file__).parents[1]
 SCRIPTS = Path(sys.executable).parent  # where pip puts command-line tools
 THEMES = ("linear_dynamics", "collapse", "robustness", "interpretability", "scientific_ml")
+# No deadline, because a busy machine is no defect; the same examples on every run, because CI must be repeatable.
+settings.register_profile("book", deadline=None, derandomize=True)
+settings.load_profile("book")
 NOTEBOOKS = sorted((ROOT / "book").glob("*/*.ipynb"))
 
 

@@ -3,8 +3,12 @@
 import gzip
 import hashlib
 import http.server
+import io
 import json
+import pickle
+import tarfile
 import threading
+from functools import partial
 from urllib.parse import urlsplit
 from urllib.request import urlopen
 
@@ -64,14 +68,17 @@ def test_bad_input_is_named(generator):
         data.whiten(torch.full((4, 2), torch.nan), 1)
     with pytest.raises(ValueError, match="between 1 and the rank of x, 1, got 2"):
         data.whiten(torch.arange(8.0).view(4, 2), 2)
-    with pytest.raises(ValueError, match="name must be one of mnist, cifar10, got 'imagenet'"):
+    with pytest.raises(ValueError, match="name must be one of mnist, cifar10, cifar100, got 'imagenet'"):
         data.images("imagenet")
 
 
-@pytest.mark.parametrize(("name", "shape"), [("mnist", (1, 28, 28)), ("cifar10", (3, 32, 32))])
+@pytest.mark.parametrize(
+    ("name", "shape"), [("mnist", (1, 28, 28)), ("cifar10", (3, 32, 32)), ("cifar100", (3, 32, 32))]
+)
 def test_smoke_profile_downloads_nothing(monkeypatch, name, shape):
     monkeypatch.setenv("BOOK_PROFILE", "smoke")
-    monkeypatch.setattr(data, "fetch_openml", lambda **_: pytest.fail("a download was tried"))
+    for download in ("fetch_openml", "download"):
+        monkeypatch.setattr(data, download, lambda *_, **__: pytest.fail("a download was tried"))
     x, labels = data.images(name)
     assert x.shape[1:] == shape
     assert 0 <= x.min() < x.max() <= 1
@@ -160,3 +167,55 @@ def test_a_data_set_is_downloaded_once(openml, monkeypatch):
     first = data.images("mnist")
     monkeypatch.setattr(data, "fetch_openml", lambda **_: pytest.fail("it was downloaded again"))
     assert all(torch.equal(again, before) for again, before in zip(data.images("mnist"), first, strict=True))
+
+
+@pytest.fixture
+def cifar100(monkeypatch, tmp_path):
+    """A local archive like CIFAR-100's, with two images for training and one for testing; and where it is kept."""
+    monkeypatch.setenv("BOOK_PROFILE", "full")
+    monkeypatch.setenv("SCIKIT_LEARN_DATA", str(tmp_path / "kept"))
+    served = tmp_path / "served"
+    served.mkdir()
+    pixels = np.random.default_rng(0).integers(0, 256, (3, 3072)).astype(np.uint8)
+    parts = {
+        "train": {"data": pixels[:2], "fine_labels": [99, 3], "coarse_labels": [0, 0]},
+        "test": {"data": pixels[2:], "fine_labels": [7], "coarse_labels": [0]},
+    }
+    with tarfile.open(served / "cifar.tar.gz", "w:gz") as archive:
+        for name, content in parts.items():
+            body = pickle.dumps(content)
+            member = tarfile.TarInfo(f"cifar-100-python/{name}")
+            member.size = len(body)
+            archive.addfile(member, io.BytesIO(body))
+    digest = hashlib.md5((served / "cifar.tar.gz").read_bytes()).hexdigest()
+    handler = partial(QuietFiles, directory=str(served))
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        address = f"http://127.0.0.1:{server.server_port}/cifar.tar.gz"
+        monkeypatch.setattr(data, "_CIFAR100", (address, f"md5:{digest}"))
+        yield pixels, tmp_path / "kept", address
+        server.shutdown()
+
+
+class QuietFiles(http.server.SimpleHTTPRequestHandler):
+    def log_message(self, *_):
+        pass
+
+
+def test_cifar100_comes_from_its_archive(cifar100, capfd):
+    x, labels = data.images("cifar100")
+    np.testing.assert_allclose(x.view(3, -1) * 255, cifar100[0], atol=1e-4)
+    assert x.shape == (3, 3, 32, 32)
+    assert labels.tolist() == [99, 3, 7]
+    assert capfd.readouterr().err == ""
+
+
+def test_another_file_than_the_expected_one_is_refused_and_not_kept(cifar100, monkeypatch):
+    _, kept, address = cifar100
+    monkeypatch.setattr(data, "_CIFAR100", (address, "md5:" + "0" * 32))
+    with pytest.raises(data.DataUnavailable, match=r"'cifar100' could not be downloaded.*BOOK_PROFILE=book"):
+        data.images("cifar100")
+    monkeypatch.setattr(data, "_CIFAR100", (address + ".gone", None))
+    with pytest.raises(data.DataUnavailable, match=r"'cifar100' could not be downloaded.*404"):
+        data.images("cifar100")
+    assert not list(kept.iterdir())

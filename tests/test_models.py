@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional
 
 from companion import models
 
@@ -43,6 +44,46 @@ def test_convnet_shapes_and_translation(generator):
     torch.testing.assert_close(network(x.roll((4, 8), dims=(2, 3))), network(x))
 
 
+def parameters(network):
+    return sum(parameter.numel() for parameter in network.parameters())
+
+
+def test_known_architectures_have_their_known_sizes(generator):
+    # 13 convolutions of VGG-16 and one linear layer, by the sum of n_in * n_out * 9 + n_out.
+    vgg16 = models.convnet(3, (64, 128, 256, 512, 512), 10, generator=generator, convolutions=(2, 2, 3, 3, 3))
+    assert parameters(vgg16) == 14_714_688 + 5_130
+    # The sizes that implementations of ResNets for CIFAR with 1x1 shortcuts are known by.
+    assert parameters(models.resnet(3, (16, 32, 64), 3, 10, generator=generator)) == 272_474
+    assert parameters(models.resnet(3, (64, 128, 256, 512), 2, 10, generator=generator)) == 11_173_962
+
+
+@pytest.mark.parametrize("norm", [True, False])
+def test_resnet_is_its_blocks_by_hand(generator, norm):
+    network = models.resnet(2, (4, 6), 1, 3, generator=generator, norm=norm).double().eval()
+    x = torch.randn(5, 2, 8, 8, generator=generator, dtype=torch.float64)
+
+    def apply(layer, h, stride, size):
+        convolution = layer[0] if norm else layer
+        h = functional.conv2d(h, convolution.weight, convolution.bias, stride, size // 2)
+        return h / (1 + layer[1].eps) ** 0.5 if norm else h
+
+    blocks = [layer for layer in network if isinstance(layer, models._Block)]
+    h = apply(network[:2] if norm else network[0], x, 1, 3).relu()
+    inner = apply(blocks[0].second, apply(blocks[0].first, h, 1, 3).relu(), 1, 3)
+    h = (h + inner).relu()
+    inner = apply(blocks[1].second, apply(blocks[1].first, h, 2, 3).relu(), 1, 3)
+    h = (apply(blocks[1].shortcut, h, 2, 1) + inner).relu()
+    torch.testing.assert_close(network(x), network[-1](h.mean((2, 3))))
+    assert h.shape == (5, 6, 4, 4)
+
+
+def test_networks_without_normalisation_treat_every_input_alone(generator):
+    network = models.resnet(1, (4, 4), 2, 3, generator=generator, norm=False)
+    x = torch.randn(6, 1, 8, 8, generator=generator)
+    torch.testing.assert_close(network(x)[2:3], network(x[2:3]))
+    assert sum(isinstance(module, nn.ReLU) for module in network.modules()) == 1 + 2 * 4
+
+
 def test_bad_sizes_are_named(generator):
     with pytest.raises(ValueError, match=r"sizes must hold at least two positive widths, got \[3\]"):
         models.mlp([3], generator=generator)
@@ -50,3 +91,7 @@ def test_bad_sizes_are_named(generator):
         models.mlp([3, 0], generator=generator)
     with pytest.raises(ValueError, match=r"widths=\[\]"):
         models.convnet(1, [], 2, generator=generator)
+    with pytest.raises(ValueError, match=r"convolutions must hold a positive number for each stage, got \[2\]"):
+        models.convnet(1, [4, 4], 2, generator=generator, convolutions=[2])
+    with pytest.raises(ValueError, match=r"blocks=0"):
+        models.resnet(1, [4], 0, 2, generator=generator)

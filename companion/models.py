@@ -70,7 +70,7 @@ def convnet(
     generator: torch.Generator,
     convolutions: Sequence[int] | None = None,
 ) -> nn.Sequential:
-    """A convolutional network: stages of 3x3 convolutions with ReLU and a 2x2 max-pooling, then average and linear layer.
+    """A convolutional network: stages of 3x3 convolutions with ReLU and a 2x2 max-pooling, average, linear layer.
 
     Maps images (n, in_channels, height, width) to (n, n_out); each stage halves height and width.
 

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import math
 import os
 import pickle
+import shutil
 import tarfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import numpy as np
 import pooch
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, UInt8
+from PIL import Image
 from sklearn.datasets import fetch_openml, get_data_home, load_digits
 from torch import Tensor
+from torch.nn import functional
 
 from companion import runtime
 
@@ -26,6 +30,14 @@ _CIFAR100 = (
     "https://www.cs.toronto.edu/~kriz/cifar-100-python.tar.gz",
     "md5:eb9058c3a382ffc7106e4002c42a8d85",
 )
+_PHOTOGRAPHS = {  # name: (address of the archive, where its images are)
+    "div2k_train": ("https://data.vision.ee.ethz.ch/cvl/DIV2K/DIV2K_train_HR.zip", "DIV2K_train_HR/*.png"),
+    "div2k_valid": ("https://data.vision.ee.ethz.ch/cvl/DIV2K/DIV2K_valid_HR.zip", "DIV2K_valid_HR/*.png"),
+    "bsd100": (
+        "https://www2.eecs.berkeley.edu/Research/Projects/CS/vision/bsds/BSDS300-images.tgz",
+        "BSDS300/images/test/*.jpg",
+    ),
+}
 pooch.get_logger().setLevel("WARNING")  # what is downloaded is no news on a page
 
 
@@ -126,7 +138,7 @@ def images(name: str) -> tuple[Float[Tensor, "n channels height width"], Int[Ten
     data_id, shape = _OPENML.get(name, (None, (3, 32, 32)))
     if runtime.profile() == "smoke":
         small, labels = digits()
-        enlarged = torch.nn.functional.interpolate(small.view(-1, 1, 8, 8), shape[1:], mode="bilinear")
+        enlarged = functional.interpolate(small.view(-1, 1, 8, 8), shape[1:], mode="bilinear")
         return enlarged.repeat(1, shape[0], 1, 1), labels
     if name == "cifar100":
         return _cifar100()
@@ -192,3 +204,93 @@ def _cifar100() -> tuple[Float[Tensor, "60000 3 32 32"], Int[Tensor, " 60000"]]:
             pixels.append(content["data"])
             labels += content["fine_labels"]
     return torch.from_numpy(np.concatenate(pixels)).view(-1, 3, 32, 32).float() / 255, torch.tensor(labels)
+
+
+def flip_and_crop(
+    x: Float[Tensor, "*batch channels height width"], generator: torch.Generator
+) -> Float[Tensor, "*batch channels height width"]:
+    """Augment images: each is mirrored with probability 1/2 and shifted by up to 4 pixels, with zeros at the margin.
+
+    Raises
+    ------
+    ValueError
+        If ``x`` has fewer than four axes.
+    """
+    if x.ndim < 4:
+        raise ValueError(f"x must be a batch of images (..., channels, height, width), got shape {tuple(x.shape)}")
+    flat = x.flatten(0, -4)
+    n, channels, height, width = flat.shape
+    rows, columns = (torch.randint(9, (n, 1), generator=generator) + torch.arange(s) for s in (height, width))
+    mirrored = torch.rand(n, 1, generator=generator) < 0.5
+    columns = torch.where(mirrored, columns.flip(1), columns)
+    image, channel = torch.arange(n)[:, None, None, None], torch.arange(channels)[:, None, None]
+    padded = functional.pad(flat, (4, 4, 4, 4))
+    return padded[image, channel, rows[:, None, :, None], columns[:, None, None]].view_as(x)
+
+
+def shapes(n: int, size: tuple[int, int], generator: torch.Generator) -> Float[Tensor, "n 1 height width"]:
+    """Grey images of six ellipses and rectangles on a slanted background, with antialiased edges.
+
+    Everything is drawn on a grid four times as fine, so that the edges lie at sub-pixel places; the shorter side of
+    the image spans [-1, 1].
+
+    Raises
+    ------
+    ValueError
+        If ``n`` or a side of ``size`` is not positive.
+    """
+    if n < 1 or min(size) < 1:
+        raise ValueError(f"n and size must be positive, got {n=} and {size=}")
+    y, x = torch.meshgrid(*(torch.linspace(-side, side, 4 * side) / min(size) for side in size), indexing="ij")
+
+    def uniform(low: float, high: float) -> Float[Tensor, "n 1 1"]:
+        return low + (high - low) * torch.rand(n, 1, 1, generator=generator)
+
+    image = uniform(0, 1) + uniform(-0.15, 0.15) * x + uniform(-0.15, 0.15) * y
+    for _ in range(6):
+        ellipse, angle = uniform(0, 1) < 0.5, uniform(0, math.pi)
+        right, down = x - uniform(-1, 1) * size[1] / min(size), y - uniform(-1, 1) * size[0] / min(size)
+        u = (angle.cos() * right + angle.sin() * down) / uniform(0.1, 0.7)
+        v = (angle.cos() * down - angle.sin() * right) / uniform(0.1, 0.7)
+        inside = torch.where(ellipse, u.square() + v.square() < 1, torch.maximum(u.abs(), v.abs()) < 1)
+        image = torch.where(inside, uniform(0, 1) + uniform(-0.075, 0.075) * u, image)
+    return functional.avg_pool2d(image.clamp(0, 1)[:, None], 4)
+
+
+def photographs(name: str) -> Iterator[UInt8[Tensor, "3 height width"]]:
+    """Photographs of the ``full`` profile, one by one, each of its own size.
+
+    ``"div2k_train"`` (800, 3.5 GB) and ``"div2k_valid"`` (100, 0.4 GB) from the makers of DIV2K, ``"bsd100"`` (100)
+    from those of BSDS300. They are downloaded once and kept in ``SCIKIT_LEARN_DATA``. In the ``smoke`` profile nothing is
+    downloaded: eight images of drawn shapes stand in for them.
+
+    Raises
+    ------
+    ValueError
+        If the name is unknown.
+    DataUnavailable
+        If the archive cannot be had.
+    """
+    if name not in _PHOTOGRAPHS:
+        raise ValueError(f"name must be one of {', '.join(_PHOTOGRAPHS)}, got {name!r}")
+    return _drawn() if runtime.profile() == "smoke" else _photographs(name)
+
+
+def _drawn() -> Iterator[UInt8[Tensor, "3 70 86"]]:
+    drawn = shapes(8, (70, 86), torch.Generator().manual_seed(0))
+    yield from (255 * drawn).byte().expand(-1, 3, -1, -1)
+
+
+def _photographs(name: str) -> Iterator[UInt8[Tensor, "3 height width"]]:
+    url, pattern = _PHOTOGRAPHS[name]
+    kept = Path(get_data_home(), f"linear_lens_{name}")
+    if not kept.exists():
+        archive = download(name, url, None)
+        with TemporaryDirectory(dir=kept.parent) as fresh:  # moved as a whole: nothing half-unpacked can stay
+            unpacked = Path(fresh, "images")
+            shutil.unpack_archive(archive, unpacked, **({} if archive.suffix == ".zip" else {"filter": "data"}))
+            os.replace(unpacked, kept)
+        archive.unlink()
+    for path in sorted(kept.glob(pattern)):
+        with Image.open(path) as picture:
+            yield torch.from_numpy(np.array(picture.convert("RGB"))).movedim(-1, 0)

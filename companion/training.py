@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.func import functional_call, stack_module_state
+from torch.optim.lr_scheduler import CosineAnnealingLR, LRScheduler
 from tqdm import trange
 
 History = dict[str, Tensor]
@@ -21,6 +22,7 @@ def fit(
     lr: float,
     optimizer: Callable[..., torch.optim.Optimizer] = torch.optim.Adam,
     cosine_to: float = 1.0,
+    schedule: Callable[[torch.optim.Optimizer], LRScheduler] | None = None,
     record: Callable[[], Mapping[str, Tensor]] | None = None,
     record_every: int = 1,
 ) -> History:
@@ -38,6 +40,8 @@ def fit(
         Number of steps, learning rate, and the optimiser's class or a partial of it.
     cosine_to
         The learning rate falls along half a cosine to this fraction of ``lr``; 1 keeps it constant.
+    schedule
+        Makes a scheduler of the learning rate, which moves on after every step; it takes the place of ``cosine_to``.
     record
         Called without gradient before the first step and then after every ``record_every`` steps.
 
@@ -59,7 +63,7 @@ def fit(
             f"steps and record_every must be at least 1 and lr positive, got {steps=}, {record_every=}, {lr=}"
         )
     update = optimizer(list(parameters), lr=lr)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(update, steps, eta_min=cosine_to * lr)
+    rate = schedule(update) if schedule else CosineAnnealingLR(update, steps, eta_min=cosine_to * lr)
     rows: list[dict[str, Tensor]] = []
 
     def keep(step: int, value: Tensor) -> None:
@@ -73,7 +77,7 @@ def fit(
             keep(0, value)
         value.sum().backward()
         update.step()
-        schedule.step()
+        rate.step()
         if (step + 1) % record_every == 0 or step + 1 == steps:
             if not value.isfinite().all():
                 raise FloatingPointError(f"the loss is {value.tolist()} at step {step}; try a smaller lr than {lr}")

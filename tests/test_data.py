@@ -6,6 +6,7 @@ import http.server
 import io
 import json
 import pickle
+import shutil
 import tarfile
 import threading
 from functools import partial
@@ -15,6 +16,7 @@ from urllib.request import urlopen
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from sklearn.datasets import _openml, load_digits
 from sklearn.decomposition import PCA
 
@@ -219,3 +221,69 @@ def test_another_file_than_the_expected_one_is_refused_and_not_kept(cifar100, mo
     with pytest.raises(data.DataUnavailable, match=r"'cifar100' could not be downloaded.*404"):
         data.images("cifar100")
     assert not list(kept.iterdir())
+
+
+def test_flip_and_crop_moves_every_image_by_itself(generator):
+    image = torch.arange(1.0, 65).view(1, 1, 1, 8, 8).expand(2, 150, 3, 8, 8)
+    moved = data.flip_and_crop(image, generator)
+    assert moved.shape == image.shape
+    padded, windows = torch.nn.functional.pad(image[0, 0, 0], (4, 4, 4, 4)), {}
+    for i in range(9):
+        for j in range(9):
+            window = padded[i : i + 8, j : j + 8]
+            windows[tuple(window.flatten().tolist())] = (i, j, False)
+            windows[tuple(window.flip(1).flatten().tolist())] = (i, j, True)
+    seen = set()
+    for channels in moved.flatten(0, 1):
+        assert (channels == channels[0]).all()
+        seen.add(windows[tuple(channels[0].flatten().tolist())])
+    assert {flip for *_, flip in seen} == {True, False}
+    assert {i for i, *_ in seen} == {j for _, j, _ in seen} == set(range(9))
+    with pytest.raises(ValueError, match=r"x must be a batch of images .* got shape \(8, 8\)"):
+        data.flip_and_crop(image[0, 0, 0], generator)
+
+
+def test_shapes_are_grey_images_with_edges(generator):
+    images = data.shapes(20, (24, 32), generator)
+    assert images.shape == (20, 1, 24, 32)
+    assert 0 <= images.min() < images.max() <= 1
+    assert torch.equal(images, data.shapes(20, (24, 32), torch.Generator().manual_seed(0)))
+    jumps = images.diff(dim=-1).abs()
+    assert jumps.median() < 0.02 < 0.3 < jumps.max()  # smooth but for the edges
+    with pytest.raises(ValueError, match=r"n and size must be positive, got n=1 and size=\(8, 0\)"):
+        data.shapes(1, (8, 0), generator)
+
+
+@pytest.mark.parametrize("kind", ["zip", "tgz"])
+def test_photographs_are_unpacked_once_and_whole(monkeypatch, tmp_path, kind):
+    monkeypatch.setenv("BOOK_PROFILE", "full")
+    monkeypatch.setenv("SCIKIT_LEARN_DATA", str(tmp_path / "kept"))
+    pixels = np.arange(60, dtype=np.uint8).reshape(4, 5, 3)
+    folder = tmp_path / "served" / "pictures"
+    folder.mkdir(parents=True)
+    Image.fromarray(pixels).save(folder / "one.png")
+    shutil.make_archive(tmp_path / "served" / "a", "zip" if kind == "zip" else "gztar", folder.parent, "pictures")
+    (archive,) = (tmp_path / "served").glob("a.*")
+    archive.rename(archive.with_name(f"a.{kind}"))
+    handler = partial(QuietFiles, directory=str(folder.parent))
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        address = f"http://127.0.0.1:{server.server_port}/"
+        monkeypatch.setattr(data, "_PHOTOGRAPHS", {"bsd100": (address + "gone", "pictures/*.png")})
+        with pytest.raises(data.DataUnavailable, match=r"'bsd100' could not be.*BOOK_PROFILE=book"):
+            list(data.photographs("bsd100"))
+        assert not list((tmp_path / "kept").iterdir())
+        monkeypatch.setattr(data, "_PHOTOGRAPHS", {"bsd100": (f"{address}a.{kind}", "pictures/*.png")})
+        (picture,) = data.photographs("bsd100")
+        np.testing.assert_array_equal(picture, pixels.transpose(2, 0, 1))
+        server.shutdown()
+    assert len(list(data.photographs("bsd100"))) == 1  # from the folder that is kept
+    assert [path.name for path in (tmp_path / "kept").iterdir()] == ["linear_lens_bsd100"]
+
+
+def test_photographs_of_the_smoke_profile_are_drawn(monkeypatch):
+    monkeypatch.setenv("BOOK_PROFILE", "smoke")
+    pictures = list(data.photographs("bsd100"))
+    assert {(picture.dtype, *picture.shape) for picture in pictures} == {(torch.uint8, 3, 70, 86)}
+    with pytest.raises(ValueError, match="name must be one of div2k_train, div2k_valid, bsd100, got 'cats'"):
+        data.photographs("cats")

@@ -39,6 +39,16 @@ def test_cosine_schedule_ends_at_its_fraction():
     torch.testing.assert_close(rates, torch.tensor(expected, dtype=torch.float64))
 
 
+def test_a_schedule_of_ones_own_takes_the_place_of_the_cosine():
+    x = torch.zeros(1, dtype=torch.float64, requires_grad=True)
+    history = training.fit(
+        lambda step: x.sum(), [x], steps=6, lr=1.0, optimizer=torch.optim.SGD, record=lambda: {"x": x.clone()},
+        schedule=partial(torch.optim.lr_scheduler.MultiStepLR, milestones=[2, 4], gamma=0.1),
+    )  # fmt: skip
+    expected = torch.tensor([1, 1, 0.1, 0.1, 0.01, 0.01], dtype=torch.float64)
+    torch.testing.assert_close(-history["x"][:, 0].diff(), expected)
+
+
 def test_ensemble_trains_each_member_as_if_it_were_alone(generator):
     x, y = torch.randn(30, 4, generator=generator), torch.randn(30, 2, generator=generator)
 

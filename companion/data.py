@@ -261,8 +261,8 @@ def photographs(name: str) -> Iterator[UInt8[Tensor, "3 height width"]]:
     """Photographs of the ``full`` profile, one by one, each of its own size.
 
     ``"div2k_train"`` (800, 3.5 GB) and ``"div2k_valid"`` (100, 0.4 GB) from the makers of DIV2K, ``"bsd100"`` (100)
-    from those of BSDS300. They are downloaded once and kept in ``SCIKIT_LEARN_DATA``. In the ``smoke`` profile nothing is
-    downloaded: eight images of drawn shapes stand in for them.
+    from those of BSDS300. They are downloaded once and kept in ``SCIKIT_LEARN_DATA``. In the ``smoke`` profile nothing
+    is downloaded: eight images of drawn shapes stand in for them.
 
     Raises
     ------

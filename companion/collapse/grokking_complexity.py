@@ -12,7 +12,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
-from itertools import pairwise
 
 import torch
 from jaxtyping import Bool, Float, Int, Shaped
@@ -298,48 +297,3 @@ def train_stack(
         losses.append(values.detach())
     history = {key: torch.stack([row[key] for row in rows]) for key in rows[0]}
     return history | {"loss": torch.stack(losses) if losses else x.new_zeros(0, len(x))}
-
-
-class _Block(nn.Module):
-    """Two 3x3 convolutions with ReLU and a shortcut past them; no batch normalisation."""
-
-    def __init__(self, n_in: int, n_out: int, stride: int) -> None:
-        super().__init__()
-        self.branch = nn.Sequential(
-            nn.utils.skip_init(nn.Conv2d, n_in, n_out, 3, stride=stride, padding=1),
-            nn.ReLU(),
-            nn.utils.skip_init(nn.Conv2d, n_out, n_out, 3, padding=1),
-        )
-        same = n_in == n_out and stride == 1
-        self.shortcut = nn.Identity() if same else nn.utils.skip_init(nn.Conv2d, n_in, n_out, 1, stride=stride)
-        self.activation = nn.ReLU()
-
-    def forward(self, x: Float[Tensor, "n c h w"]) -> Float[Tensor, "n c2 h2 w2"]:
-        return self.activation(self.branch(x) + self.shortcut(x))
-
-
-def resnet18(width: int, n_out: int, *, generator: torch.Generator) -> nn.Sequential:
-    """ResNet-18 for small colour images without batch normalisation, for the ``full`` profile.
-
-    ``width`` is the number of channels of the first stage, doubled in each of the next three. Initial weights are
-    uniform in ±1/sqrt(fan-in). Source: He et al. 2016; the paper trains it with width 16 on CIFAR-10.
-
-    Raises
-    ------
-    ValueError
-        If ``width`` or ``n_out`` is smaller than 1.
-    """
-    if width < 1 or n_out < 1:
-        raise ValueError(f"width and n_out must be at least 1, got {width=} and {n_out=}")
-    channels = [width, width, 2 * width, 4 * width, 8 * width]
-    layers = [nn.utils.skip_init(nn.Conv2d, 3, width, 3, padding=1), nn.ReLU()]
-    for stage, (n_in, n_stage) in enumerate(pairwise(channels)):
-        layers += [_Block(n_in, n_stage, 1 if stage == 0 else 2), _Block(n_stage, n_stage, 1)]
-    layers += [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.utils.skip_init(nn.Linear, channels[-1], n_out)]
-    net = nn.Sequential(*layers)
-    for module in net.modules():
-        if isinstance(module, nn.Conv2d | nn.Linear):
-            limit = module.weight[0].numel() ** -0.5
-            for parameter in module.parameters():
-                nn.init.uniform_(parameter, -limit, limit, generator=generator)
-    return net

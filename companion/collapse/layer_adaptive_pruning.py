@@ -373,75 +373,20 @@ def train(
     training.fit(loss, network.train().parameters(), steps=steps, record_every=steps, **options)
 
 
-def crop_and_flip(images: Float[Tensor, "n c h w"], generator: torch.Generator) -> Float[Tensor, "n c h w"]:
-    """The augmentation of CIFAR-10: one shift of up to four pixels for the batch, a mirror image for half of it.
+def digit_cnn(*, generator: torch.Generator) -> nn.Sequential:
+    """Four convolutions and two linear layers for 8x8 images, without normalisation: 49 680 weights, 10 outputs.
 
-    Raises
-    ------
-    ValueError
-        If ``images`` has not four axes.
+    Initial values are uniform in ±1/sqrt(fan-in), as PyTorch's default.
     """
-    if images.ndim != 4:
-        raise ValueError(f"images must have shape (n, channels, height, width), got {tuple(images.shape)}")
-    height, width = images.shape[2:]
-    top, left = torch.randint(9, (2,), generator=generator).tolist()
-    shifted = F.pad(images, (4, 4, 4, 4))[:, :, top : top + height, left : left + width]
-    mirrored = torch.rand(len(images), 1, 1, 1, generator=generator).to(images.device) < 0.5
-    return torch.where(mirrored, shifted.flip(3), shifted)
-
-
-def _initialised(network: nn.Module, generator: torch.Generator) -> nn.Module:
-    """Initial values for a network built on the meta device: uniform in ±1/sqrt(fan-in), as PyTorch's default."""
-    network = network.to_empty(device="cpu")
-    for module in network.modules():
-        if isinstance(module, nn.Conv2d | nn.Linear):
-            limit = module.weight[0].numel() ** -0.5
-            for parameter in module.parameters():
-                nn.init.uniform_(parameter, -limit, limit, generator=generator)
-        elif isinstance(module, nn.BatchNorm2d):
-            module.reset_parameters()
-    return network
-
-
-def digit_cnn(generator: torch.Generator) -> nn.Sequential:
-    """Four convolutions and two linear layers for 8x8 images, without normalisation: 49 680 weights, 10 outputs."""
     with torch.device("meta"):
         network = nn.Sequential(
             *(nn.Conv2d(1, 16, 3, padding=1), nn.ReLU(), nn.Conv2d(16, 16, 3, padding=1), nn.ReLU()),
             *(nn.Conv2d(16, 32, 3, stride=2, padding=1), nn.ReLU(), nn.Conv2d(32, 32, 3, padding=1), nn.ReLU()),
             *(nn.Flatten(), nn.Linear(512, 64), nn.ReLU(), nn.Linear(64, 10)),
         )
-    return _initialised(network, generator)
-
-
-class _Block(nn.Module):
-    """Two 3x3 convolutions with batch normalisation, and a shortcut around them."""
-
-    def __init__(self, n_in: int, n_out: int, stride: int) -> None:
-        super().__init__()
-        first = nn.Conv2d(n_in, n_out, 3, stride, padding=1, bias=False), nn.BatchNorm2d(n_out), nn.ReLU()
-        second = nn.Conv2d(n_out, n_out, 3, padding=1, bias=False), nn.BatchNorm2d(n_out)
-        self.residual = nn.Sequential(*first, *second)
-        shortcut = nn.Conv2d(n_in, n_out, 1, stride, bias=False), nn.BatchNorm2d(n_out)
-        self.shortcut = nn.Identity() if n_in == n_out else nn.Sequential(*shortcut)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.relu(self.residual(x) + self.shortcut(x))
-
-
-def resnet(blocks: int, width: int, generator: torch.Generator) -> nn.Sequential:
-    """The residual network for CIFAR-10 with ``6 blocks + 2`` layers: 5 blocks and width 16 make ResNet-32.
-
-    Raises
-    ------
-    ValueError
-        If ``blocks`` or ``width`` is smaller than 1.
-    """
-    if blocks < 1 or width < 1:
-        raise ValueError(f"blocks and width must be at least 1, got {blocks=} and {width=}")
-    widths = [width] * blocks + [2 * width] * blocks + [4 * width] * blocks
-    with torch.device("meta"):
-        stem = nn.Conv2d(3, width, 3, padding=1, bias=False), nn.BatchNorm2d(width), nn.ReLU()
-        body = [_Block(a, b, 1 + (a != b)) for a, b in zip([width, *widths], widths, strict=False)]
-        network = nn.Sequential(*stem, *body, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4 * width, 10))
-    return _initialised(network, generator)
+    network = network.to_empty(device="cpu")
+    for layer in network:
+        for parameter in layer.parameters():
+            limit = layer.weight[0].numel() ** -0.5
+            nn.init.uniform_(parameter, -limit, limit, generator=generator)
+    return network

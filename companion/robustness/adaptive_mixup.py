@@ -266,27 +266,6 @@ def resnets(channels: int, n_classes: int, width: int, generator: torch.Generato
     return heads[0], PolicyRegion(d, generator=generator, trunk=trunk()), heads[1]
 
 
-def flip_and_crop(
-    x: Float[Tensor, "*batch channels height width"], generator: torch.Generator
-) -> Float[Tensor, "*batch channels height width"]:
-    """Augment images: each is mirrored with probability 1/2 and shifted by up to 4 pixels, with zeros at the margin.
-
-    Raises
-    ------
-    ValueError
-        If ``x`` has fewer than four axes.
-    """
-    if x.ndim < 4:
-        raise ValueError(f"x must be a batch of images (..., channels, height, width), got shape {tuple(x.shape)}")
-    flat = x.flatten(0, -4)
-    n, channels, height, width = flat.shape
-    rows, columns = (torch.randint(9, (n, 1), generator=generator) + torch.arange(s) for s in (height, width))
-    mirrored = torch.rand(n, 1, generator=generator) < 0.5
-    columns = torch.where(mirrored, columns.flip(1), columns)
-    image, channel = torch.arange(n)[:, None, None, None], torch.arange(channels)[:, None, None]
-    return F.pad(flat, (4, 4, 4, 4))[image, channel, rows[:, None, :, None], columns[:, None, None]].view_as(x)
-
-
 def fit(
     method: str,
     x: Float[Tensor, "members n *features"],

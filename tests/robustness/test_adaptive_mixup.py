@@ -348,7 +348,7 @@ def test_resnets_share_a_trunk_and_learn():
     images = torch.rand(1, 6, 3, 16, 16, generator=generator())
     state = torch.random.get_rng_state()
     build = partial(am.resnets, 3, 4, 2)
-    options = small(seeds=[0], batch_size=4, augment=am.flip_and_crop)
+    options = small(seeds=[0], batch_size=4, augment=data.flip_and_crop)
     (start,), (end,) = am.fit("adamixup", images, torch.arange(6)[None] % 4, build, **options)
     assert torch.equal(torch.random.get_rng_state(), state)
     assert end.classifier[0] is end.discriminator[0]
@@ -373,25 +373,6 @@ def test_a_block_is_the_identity_plus_its_residual():
     nn.init.zeros_(block.residual[-1].weight)
     x = torch.randn(2, 4, 8, 8, generator=generator())
     assert torch.equal(block(x), x)
-
-
-def test_flip_and_crop_moves_every_image_by_itself():
-    image = torch.arange(1.0, 65).view(1, 1, 1, 8, 8).expand(2, 150, 3, 8, 8)
-    moved = am.flip_and_crop(image, generator())
-    assert moved.shape == image.shape
-    padded, seen = F.pad(image[0, 0, 0], (4, 4, 4, 4)), set()
-    windows = {}
-    for i in range(9):
-        for j in range(9):
-            window = padded[i : i + 8, j : j + 8]
-            windows[tuple(window.flatten().tolist())] = (i, j, False)
-            windows[tuple(window.flip(1).flatten().tolist())] = (i, j, True)
-    for channels in moved.flatten(0, 1):
-        assert (channels == channels[0]).all()
-        seen.add(windows[tuple(channels[0].flatten().tolist())])
-    assert len(seen) > 100
-    assert {flip for *_, flip in seen} == {True, False}
-    assert {i for i, *_ in seen} == {j for _, j, _ in seen} == set(range(9))
 
 
 # --- what a reader can get wrong --------------------------------------------------------------------------------------
@@ -423,7 +404,6 @@ TWO = torch.zeros(2, 1)
         (lambda: am.linearity_deviation(models.mlp([1, 2], generator=generator()), LINE, 0, generator()), "n_pairs"),
         (lambda: am.mixing_strength(torch.tensor([1.5])), "gamma"),
         (lambda: am.mixing_strength(torch.empty(0)), "gamma"),
-        (lambda: am.flip_and_crop(torch.zeros(3), generator()), "x must"),
         (lambda: am.mlps(2, 1, 8, generator()), "n_classes"),
         (lambda: am.resnets(3, 10, 0, generator()), "width"),
     ],

@@ -60,6 +60,11 @@ def between(lower: float, upper: float) -> Bound:
     return Bound(lower=lower, upper=upper)
 
 
+def _rounded(value: float) -> str:
+    """Three digits; counts and other numbers in the thousands keep their units."""
+    return f"{value:.0f}" if 1e3 <= abs(value) < 1e6 else f"{value:.3g}"
+
+
 @dataclass(frozen=True)
 class Claim:
     """One row of a claims table; see :meth:`Report.check` for the meaning of the fields."""
@@ -82,10 +87,10 @@ class Claim:
     @property
     def summary(self) -> str:
         """The measured values in words: the median, and the range and number of values when there are several."""
-        median = f"{statistics.median(self.measured):.3g}"
+        median = _rounded(statistics.median(self.measured))
         if len(self.measured) == 1:
             return median
-        return f"{median} [{min(self.measured):.3g}, {max(self.measured):.3g}] n={len(self.measured)}"
+        return f"{median} [{_rounded(min(self.measured))}, {_rounded(max(self.measured))}] n={len(self.measured)}"
 
 
 class Report:

@@ -59,6 +59,12 @@ def test_numbers_of_every_kind_are_accepted(measured):
     assert report.claims[0].measured == (2.0,)
 
 
+def test_counts_are_shown_to_the_unit():
+    report = claims.Report("collapse/x")
+    report.check("C1", "weights", source="ours", measured=[13520, 0.12345, 2e7], bound=claims.above(0))
+    assert report.claims[0].summary == "13520 [0.123, 2e+07] n=3"
+
+
 def test_summary_gives_median_range_and_number():
     assert [claim.summary for claim in a_report().claims] == ["1.2 [1, 1.5] n=3", "inf", "0.3"]
 

@@ -1,7 +1,13 @@
 """Oracles: SciPy's discretisation, simulation and Padé approximants, dense linear algebra, quadrature, invariances."""
 
 import copy
+import hashlib
+import http.server
+import io
 import math
+import tarfile
+import threading
+from functools import partial
 from itertools import pairwise
 
 import numpy as np
@@ -12,11 +18,15 @@ from hypothesis import strategies as st
 from numpy.polynomial import Polynomial, legendre
 from scipy.integrate import solve_ivp
 from scipy.interpolate import pade
+from scipy.io import wavfile
 from scipy.linalg import expm
 from scipy.signal import cont2discrete, dlsim
 from torch import nn
 
+from companion import data
+from companion.linear_dynamics import state_space_layers
 from companion.linear_dynamics.state_space_layers import (
+    SPOKEN_WORDS,
     LinearStateSpaceLayer,
     StateSpaceClassifier,
     causal_convolution,
@@ -31,6 +41,7 @@ from companion.linear_dynamics.state_space_layers import (
     picard_layers,
     quasiseparable,
     simulate,
+    speech_commands,
     tone_words,
     train_classifier,
 )
@@ -385,6 +396,23 @@ def test_training_learns_a_small_task_and_is_reproducible():
     assert torch.equal(first, trained())
 
 
+def test_weights_decay_and_dynamics_do_not():
+    u, labels = torch.randn(8, 12, 1, generator=generator()), torch.arange(8) % 2
+
+    def trained(weight_decay):
+        model = StateSpaceClassifier(1, 3, 4, 1, 2, generator=generator(), train_dynamics=True)
+        options = dict(epochs=1, lr=1e-6, generator=generator(), batch=4, weight_decay=weight_decay)
+        train_classifier(model, u, labels, **options)
+        return dict(model.named_parameters())
+
+    plain, decayed = trained(0.0), trained(1e5)  # with lr = 1e-6, the largest step takes a tenth of a weight
+    for name in plain:
+        if name.rpartition(".")[2] in ("log_step", "scale", "diagonal", "tridiagonal"):
+            torch.testing.assert_close(decayed[name], plain[name], rtol=0, atol=1e-5)
+        elif not name.startswith("norms") or name.endswith("weight"):  # a normalisation's shift starts at zero
+            assert decayed[name].norm() < 0.95 * plain[name].norm()
+
+
 # --- words ------------------------------------------------------------------------------------------------------------
 
 
@@ -408,6 +436,66 @@ def test_words_hold_their_pitches_in_order_and_nothing_fast():
         assert (nearest == pitch).float().mean() > 0.95
     power = torch.fft.rfft(u[..., 0] * torch.hann_window(256)).abs().square().sum(0)
     assert power[32:].sum() < 1e-3 * power.sum()  # above the Nyquist frequency of 64 samples
+
+
+# --- spoken words -----------------------------------------------------------------------------------------------------
+
+
+class QuietFiles(http.server.SimpleHTTPRequestHandler):
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture
+def speech(monkeypatch, tmp_path):
+    """A local archive with two recordings that count, and the folder where downloads are kept."""
+    monkeypatch.setenv("BOOK_PROFILE", "full")
+    monkeypatch.setenv("SCIKIT_LEARN_DATA", str(tmp_path / "kept"))
+    served = tmp_path / "served"
+    served.mkdir()
+    waves = np.random.default_rng(0).integers(-(2**15), 2**15, (6, 16_000)).astype(np.int16)
+    names = ["go/a_nohash_0.wav", "_background_noise_/hum.wav", "cat/b_nohash_0.wav", "yes/a_nohash_1.wav"]
+    members = dict(zip(names, waves, strict=False)) | {"yes/cut_nohash_0.wav": waves[4][:15_999]}
+    with tarfile.open(served / "speech.tar.gz", "w:gz") as archive:
+        for name, wave in members.items():
+            wavfile.write(body := io.BytesIO(), 16_000, wave)
+            member = tarfile.TarInfo(f"./{name}")
+            member.size = len(body.getvalue())
+            archive.addfile(member, io.BytesIO(body.getvalue()))
+        member = tarfile.TarInfo("./yes/README.md")
+        archive.addfile(member, io.BytesIO())
+    digest = hashlib.md5((served / "speech.tar.gz").read_bytes()).hexdigest()
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), partial(QuietFiles, directory=str(served))) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        address = f"http://127.0.0.1:{server.server_port}/speech.tar.gz"
+        monkeypatch.setattr(state_space_layers, "_SPEECH_COMMANDS", (address, f"md5:{digest}"))
+        yield waves[[0, 3]], tmp_path / "kept"
+        server.shutdown()
+
+
+def test_speech_is_whole_seconds_of_the_ten_words(speech, capfd):
+    u, labels = speech_commands()
+    assert u.dtype == torch.float32
+    np.testing.assert_array_equal(u[..., 0] * 2**15, speech[0])
+    assert labels.tolist() == [SPOKEN_WORDS.index("go"), SPOKEN_WORDS.index("yes")]
+    assert capfd.readouterr().err == ""
+
+
+def test_another_archive_than_that_of_speech_commands_is_refused(speech, monkeypatch):
+    address, _ = state_space_layers._SPEECH_COMMANDS
+    monkeypatch.setattr(state_space_layers, "_SPEECH_COMMANDS", (address, "md5:" + "0" * 32))
+    with pytest.raises(data.DataUnavailable, match=r"'speech_commands' could not be downloaded.*BOOK_PROFILE=book"):
+        speech_commands()
+    assert not list(speech[1].iterdir())
+
+
+def test_the_stand_in_for_speech_is_read_like_speech(monkeypatch):
+    monkeypatch.setenv("BOOK_PROFILE", "smoke")
+    monkeypatch.setattr(data, "download", lambda *_: pytest.fail("a download was tried"))
+    u, labels = speech_commands()
+    assert labels.bincount().tolist() == [4] * 10  # without the noise and the recording that was cut short
+    loudest = torch.fft.rfft(u[..., 0]).abs().argmax(1)  # in Hz, for one second
+    assert torch.equal(loudest, 100 * (labels + 1))
 
 
 # --- errors -----------------------------------------------------------------------------------------------------------

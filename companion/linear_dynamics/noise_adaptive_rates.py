@@ -21,6 +21,7 @@ from collections.abc import Iterable, Sequence
 from itertools import islice
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -159,6 +160,14 @@ def noise_factors(H: Float[Tensor, "layers *batch"] | Sequence[float], alpha: fl
     return (a / a.amax(0)).sqrt()
 
 
+def _alike(layers: Iterable[Tensor]) -> list[list[Tensor]]:
+    """Layers of one shape together: their oracles are computed side by side."""
+    found: dict[torch.Size, list[Tensor]] = {}
+    for layer in layers:
+        found.setdefault(layer.shape, []).append(layer)
+    return list(found.values())
+
+
 class Lanton(torch.optim.Optimizer):
     """LANTON; with ``adaptive=False`` Muon and Scion without weight decay: one rate for all layers of a group.
 
@@ -242,17 +251,21 @@ class Lanton(torch.optim.Optimizer):
             )
         second = dict(zip(parameters, seconds, strict=True))
         for group in self.param_groups:
-            for p in group["params"]:
-                state = self.state[p]
-                state["B"].lerp_(p.grad, 1 - self.beta1)
-                if second[p] is not None:
-                    distance = dual_norm(p.grad - second[p], group["geometry"], self.method)
-                    state["H"].lerp_(distance.square(), 1 - self.beta2)
-                state["G"] = p.grad.clone()
+            for layers in _alike(group["params"]):
+                if second[layers[0]] is not None:
+                    difference = torch.stack([p.grad - second[p] for p in layers])
+                    squares = dual_norm(difference, group["geometry"], self.method).square()
+                    for p, square in zip(layers, squares, strict=True):
+                        self.state[p]["H"].lerp_(square, 1 - self.beta2)
+                for p in layers:
+                    self.state[p]["B"].lerp_(p.grad, 1 - self.beta1)
+                    self.state[p]["G"] = p.grad.clone()
         for group, factors in zip(self.param_groups, self.factors(), strict=True):
-            for p, factor in zip(group["params"], factors, strict=True):
-                rate = group["lr"] * factor[(...,) + (None,) * _AXES[group["geometry"]]]
-                p += rate * lmo(self.state[p]["B"], group["geometry"], self.method)
+            factor = dict(zip(group["params"], factors, strict=True))
+            for layers in _alike(group["params"]):
+                directions = lmo(torch.stack([self.state[p]["B"] for p in layers]), group["geometry"], self.method)
+                for p, direction in zip(layers, directions, strict=True):
+                    p += group["lr"] * factor[p][(...,) + (None,) * _AXES[group["geometry"]]] * direction
 
     def noise_estimates(self) -> list[Float[Tensor, "layers *runs"]]:
         """The estimates ``H`` of the layers of every group."""
@@ -380,7 +393,7 @@ def load_text(name: str, n_tokens: int) -> tuple[Int[Tensor, " n"], int]:
         tokenizer = AutoTokenizer.from_pretrained("gpt2")
         documents = load_dataset("Skylion007/openwebtext", split="train", streaming=True)
         tokens = (token for document in documents for token in tokenizer(document["text"])["input_ids"])
-        return torch.tensor(list(islice(tokens, n_tokens))), tokenizer.vocab_size
+        return torch.from_numpy(np.fromiter(islice(tokens, n_tokens), np.int64)), tokenizer.vocab_size
     except Exception as error:  # missing packages, the network, the server
         raise DataUnavailable(
             f"the text 'openwebtext' could not be had: {error}. Install the packages datasets and transformers and "

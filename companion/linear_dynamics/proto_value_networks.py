@@ -6,14 +6,17 @@ Learning with Auxiliary Tasks", ICLR 2023 (arXiv 2304.12567).
 ``P`` is the transition matrix of the uniform random policy on ``n`` states, ``γ`` the discount and
 ``Ψ = (I - γP)^-1`` the successor representation. A task is a reward of 0 or 1 on the states, a column of ``G``; its
 value function is the same column of ``ΨG``. "Equation (n)" means the numbering of the tutorial. Several seeds or runs
-lie on the first axis of a tensor and are computed side by side.
+lie on the first axis of a tensor and are computed side by side. The last part holds what Atari games need besides.
 """
 
 from __future__ import annotations
 
 import copy
+from collections import deque
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
+from typing import NamedTuple
 
 import gymnasium
 import numpy as np
@@ -22,6 +25,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from tqdm import trange
 
+from companion.data import DataUnavailable
 from companion.training import fit
 
 _MAP = (
@@ -41,6 +45,7 @@ _MAP = (
 )
 _MOVES = ((-1, 0), (0, 1), (1, 0), (0, -1))  # up, right, down, left
 _LIMIT = 60  # steps of an episode that does not find its goal
+_N_STEP = 5  # rewards that a return of Q-learning sums before it bootstraps
 
 
 class FourRooms(gymnasium.Env):
@@ -315,22 +320,27 @@ class ProtoValueNetwork(nn.Module):
         self, members: int, inputs: int, features: int, tasks: int, width: int, generator: torch.Generator
     ) -> None:
         super().__init__()
+        self.actions = len(_MOVES)
         sizes = dict(members=members, inputs=inputs, features=features, tasks=tasks, width=width)
         if min(sizes.values()) < 1:
             raise ValueError(f"{', '.join(sizes)} must be at least 1, got {sizes}")
         first = _BatchedLinear(members, inputs, width, generator)
         second = _BatchedLinear(members, width, features, generator)
         self.features = nn.Sequential(first, nn.ReLU(), second, nn.ReLU())
-        self.heads = _BatchedLinear(members, features, tasks * len(_MOVES), generator)
+        self.heads = _BatchedLinear(members, features, tasks * self.actions, generator)
 
     def forward(self, x: Float[Tensor, "*members batch inputs"]) -> Float[Tensor, "members batch tasks 4"]:
-        return self.heads(self.features(x)).unflatten(-1, (-1, len(_MOVES)))
+        return self.heads(self.features(x)).unflatten(-1, (-1, self.actions))
 
 
 def td_target(
-    rewards: Float[Tensor, "*batch tasks"], next_values: Float[Tensor, "*batch tasks actions"], gamma: float
+    rewards: Float[Tensor, "*batch tasks"],
+    next_values: Float[Tensor, "*batch tasks actions"],
+    gamma: float | Float[Tensor, "*batch 1"],
 ) -> Float[Tensor, "*batch tasks"]:
     """Expected SARSA for the uniform policy, ``y = G(s) + γ mean_a' Q(s', a')``, whoever chose the actions of the data.
+
+    Where an episode ends, ``γ`` is to be 0.
 
     Notes
     -----
@@ -340,19 +350,21 @@ def td_target(
 
 
 def train_proto_value_network(
-    network: ProtoValueNetwork,
+    network: ProtoValueNetwork | AtariNetwork,
     transitions: Int[Tensor, "members N 3"],
-    observations: Float[Tensor, "n inputs"],
+    observations: Float[Tensor, "n inputs"] | Frames,
     rewards: Float[Tensor, "members n tasks"],
     *,
     steps: int,
     generator: torch.Generator,
+    ends: Bool[Tensor, " n"] | None = None,
     gamma: float = 0.95,
     tau: float = 0.97,
+    batch: int = 128,
+    lr: float = 3e-3,
+    eps: float = 1e-5,
 ) -> Float[Tensor, "records members"]:
     """Learn the values of all tasks from stored transitions; the members of the network are trained in place.
-
-    Each step takes 128 transitions. Adam has learning rate 0.003 and ε = 1e-5.
 
     Parameters
     ----------
@@ -362,12 +374,16 @@ def train_proto_value_network(
         Stored ``(s, a, s')`` for each member, from any policy.
     observations, rewards
         What is seen in each state, and the reward of every task there.
-    steps
-        Number of steps.
+    steps, batch
+        Number of steps, and of transitions in each.
     generator
         Draws the batches.
+    ends
+        States that end an episode when they are left; None if there are none.
     gamma, tau
         Discount, and inertia of the target network: ``θ⁻ ← τ θ⁻ + (1 - τ) θ``.
+    lr, eps
+        Learning rate and ``ε`` of Adam.
 
     Returns
     -------
@@ -377,34 +393,54 @@ def train_proto_value_network(
     Raises
     ------
     ValueError
-        If the numbers of members, states or tasks do not agree, or ``gamma`` or ``tau`` is not in [0, 1).
+        If the numbers of members, states or tasks do not agree, ``gamma`` or ``tau`` is not in [0, 1), or ``batch``
+        is not positive.
     """
     members, _, outputs = network.heads.weight.shape
-    expected = (members, len(observations), outputs // len(_MOVES))
+    expected = (members, len(observations), outputs // network.actions)
     if rewards.shape != expected:
         raise ValueError(f"rewards must be (members, states, tasks) = {expected}, got {tuple(rewards.shape)}")
     if transitions.ndim != 3 or transitions.shape[::2] != (members, 3):
         raise ValueError(f"transitions must be ({members}, N, 3), got {tuple(transitions.shape)}")
+    if ends is not None and ends.shape != expected[1:2]:
+        raise ValueError(f"ends must have one entry for each of {expected[1]} states, got {tuple(ends.shape)}")
     _check_gamma(gamma)
-    if not 0 <= tau < 1:
-        raise ValueError(f"tau must lie in [0, 1), got {tau}")
+    if not 0 <= tau < 1 or batch < 1:
+        raise ValueError(f"tau must lie in [0, 1) and batch be positive, got {tau=}, {batch=}")
     target = copy.deepcopy(network).requires_grad_(False)
     member = torch.arange(members)[:, None]
 
     def loss(_: int) -> Float[Tensor, " members"]:
-        rows = torch.randint(transitions.shape[1], (members, 128), generator=generator)
+        rows = torch.randint(transitions.shape[1], (members, batch), generator=generator)
         s, a, following = transitions[member, rows].unbind(-1)
         for slow, fast in zip(target.parameters(), network.parameters(), strict=True):
             slow.lerp_(fast.detach(), 1 - tau)
-        y = td_target(rewards[member, s], target(observations[following]), gamma)
-        q = network(observations[s]).gather(-1, a[..., None, None].expand(*y.shape, 1)).squeeze(-1)
+        discount = gamma if ends is None else gamma * (~ends[s][..., None]).to(rewards.device)
+        y = td_target(rewards[member, s], target(observations[following]), discount)
+        chosen = a[..., None, None].expand(*y.shape, 1).to(y.device)
+        q = network(observations[s]).gather(-1, chosen).squeeze(-1)
         return 0.5 * (y - q).square().mean((1, 2))
 
-    adam = partial(torch.optim.Adam, eps=1e-5, fused=True)
-    return fit(loss, network.parameters(), steps=steps, lr=3e-3, optimizer=adam, record_every=50)["loss"]
+    adam = partial(torch.optim.Adam, eps=eps, fused=True)
+    return fit(loss, network.parameters(), steps=steps, lr=lr, optimizer=adam, record_every=50)["loss"]
 
 
 # --- control ----------------------------------------------------------------------------------------------------------
+
+
+def _n_step(
+    first: Int[Tensor, "runs batch"], rewards: Tensor, ended: Bool[Tensor, "runs steps"], gamma: float
+) -> tuple[Float[Tensor, "runs batch"], Int[Tensor, "runs batch"]]:
+    """Discounted sum of five rewards from each past moment, and the moment of the last of them.
+
+    What lies behind the end of an episode does not count.
+    """
+    window = first[..., None] + torch.arange(_N_STEP)
+    each = torch.arange(len(first))[:, None, None]
+    over = ended[each, window].long()
+    alive = (over.cumsum(-1) - over) == 0
+    gain = (alive * gamma ** torch.arange(_N_STEP) * rewards[each, window]).sum(-1)
+    return gain, first + alive.sum(-1) - 1
 
 
 def q_learning(
@@ -447,7 +483,7 @@ def q_learning(
     _check_gamma(gamma)
     if steps < 20 or records < 1 or steps % (2 * records) or not lr > 0:
         raise ValueError(f"steps must be 20 or more and a multiple of 2 * records, lr > 0: {steps=}, {records=}, {lr=}")
-    n_step, limit, runs = 5, _LIMIT, len(goals)
+    runs = len(goals)
     run, each = torch.arange(runs), torch.arange(runs)[:, None]
     starts = torch.randint(maze.n_states, (steps + 1, runs), generator=generator)
     explore = torch.rand(steps, runs, generator=generator) < 0.1
@@ -457,8 +493,7 @@ def q_learning(
     reached, ended = torch.zeros(2, runs, steps, dtype=torch.bool)
     update = torch.optim.Adam(list(parameters), lr=lr, fused=True)
     state, age = starts[-1], torch.zeros(runs, dtype=torch.long)
-    power = gamma ** torch.arange(n_step)
-    kept, target = [], values().detach()
+    kept, target = [], values().detach().amax(-1)
     for t in trange(steps, leave=False):
         if t % 2 == 0:
             table = values()
@@ -468,27 +503,20 @@ def q_learning(
         following[:, t] = maze.transitions[state, a[:, t]]
         age += 1
         reached[:, t] = following[:, t] == goals
-        ended[:, t] = reached[:, t] | (age == limit)
+        ended[:, t] = reached[:, t] | (age == _LIMIT)
         state = torch.where(ended[:, t], starts[t], following[:, t])
         age[ended[:, t]] = 0
-        if t % 2 == 0 or t < n_step:
+        if t % 2 == 0 or t < _N_STEP:
             continue
-        # A window of n steps from a past moment; what lies behind the end of its episode does not count.
-        first = torch.randint(t - n_step + 2, (runs, 64), generator=generator)
-        window = first[..., None] + torch.arange(n_step)
-        over = ended[each[..., None], window].long()
-        alive = (over.cumsum(-1) - over) == 0
-        last = alive.sum(-1) - 1
-        end = first + last
-        gain = (alive * power * reached[each[..., None], window]).sum(-1)
-        bootstrap = target.amax(-1)[each, following[each, end]] * ~reached[each, end]
-        y = gain + gamma ** (last + 1) * bootstrap
+        first = torch.randint(t - _N_STEP + 2, (runs, 64), generator=generator)
+        gain, end = _n_step(first, reached, ended, gamma)
+        y = gain + gamma ** (end - first + 1) * target[each, following[each, end]] * ~reached[each, end]
         q = table[each, s[each, first], a[each, first]]
         update.zero_grad()
         (0.5 * (y - q).square().mean(1)).sum().backward()
         update.step()
         if t % 100 == 99:
-            target = values().detach()
+            target = values().detach().amax(-1)
         if (t + 1) % (steps // records) == 0:
             kept.append(values().detach())
     return torch.stack(kept)
@@ -570,3 +598,229 @@ def policy_score(
         best = (at_goal + gamma * (1 - at_goal) * best)[..., maze.transitions].amax(-1)
     start = 1 - at_goal
     return (start * value).sum(-1) / (start * best).sum(-1)
+
+
+# --- Atari games ------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Frames:
+    """Experience in a game. State ``t`` is what is seen before step ``t``: the last four screens of its episode."""
+
+    screens: Int[Tensor, "n 84 84"]  # grey values from 0 to 255
+    first: Int[Tensor, " n"]  # the state in which the episode of each state began
+    actions: Int[Tensor, " n"]
+    ends: Bool[Tensor, " n"]  # whether the game was over after the step
+    n_actions: int
+
+    def __len__(self) -> int:
+        return len(self.screens)
+
+    def __getitem__(self, states: Int[Tensor, "*batch"]) -> Float[Tensor, "*batch 4 84 84"]:
+        rows = states[..., None] - torch.arange(3, -1, -1)
+        return self.screens[rows.maximum(self.first[states][..., None])] / 255
+
+    def to(self, device: torch.device) -> Frames:
+        """The same with the screens on a device."""
+        return replace(self, screens=self.screens.to(device))
+
+    @property
+    def transitions(self) -> Int[Tensor, "N 3"]:
+        """``(s, a, s')``; behind the end of an episode ``s'`` has no meaning, and the last state has no successor."""
+        states = torch.arange(len(self) - 1)
+        return torch.stack([states, self.actions[:-1], states + 1], 1)
+
+
+def _open(game: str) -> gymnasium.Env:
+    """A game that shows grey pictures. Those of the Arcade Learning Environment need the package ale-py."""
+    if game.startswith("ALE/"):
+        try:
+            import ale_py
+        except ImportError as error:
+            raise DataUnavailable(
+                f"the game {game!r} could not be had: {error}. Install the package ale-py, or set BOOK_PROFILE=book, "
+                "which plays no game."
+            ) from error
+        ale_py.ALEInterface.setLoggerMode(ale_py.LoggerMode.Error)
+        gymnasium.register_envs(ale_py)
+    return gymnasium.make(game, obs_type="grayscale")
+
+
+def _screen(picture: np.ndarray) -> Int[Tensor, "84 84"]:
+    """A screen of any size, made smaller."""
+    grey = torch.from_numpy(picture)[None, None].float()
+    small = nn.functional.interpolate(grey, (84, 84), mode="bilinear", antialias=True)
+    return small[0, 0].round().clamp(0, 255).to(torch.uint8)
+
+
+def _seed(generator: torch.Generator) -> int:
+    return int(torch.randint(2**31, (), generator=generator))
+
+
+def random_frames(game: str, n: int, generator: torch.Generator) -> Frames:
+    """``n`` steps of the uniform random policy in a game such as ``"ALE/Pong-v5"``.
+
+    Raises
+    ------
+    ValueError
+        If ``n`` is smaller than 2.
+    DataUnavailable
+        If the game needs the package ale-py, which is missing.
+    """
+    if n < 2:
+        raise ValueError(f"n must be at least 2, got {n}")
+    env = _open(game)
+    actions = torch.randint(int(env.action_space.n), (n,), generator=generator)
+    screens, first, ends = torch.empty(n, 84, 84, dtype=torch.uint8), torch.zeros_like(actions), actions < 0
+    picture, start = env.reset(seed=_seed(generator))[0], 0
+    for t in trange(n, leave=False):
+        screens[t], first[t] = _screen(picture), start
+        picture, _, terminated, truncated, _ = env.step(int(actions[t]))
+        ends[t] = terminated or truncated  # a game is cut only after half an hour of play
+        if ends[t]:
+            picture, start = env.reset()[0], t + 1
+    env.close()
+    return Frames(screens, first, actions, ends, int(env.action_space.n))
+
+
+class AtariNetwork(nn.Module):
+    """:class:`ProtoValueNetwork` for stacks of four screens: the encoder of Mnih et al. (2015) and linear heads.
+
+    There are 512 features and one member. Weights are Xavier's uniform, biases zero.
+
+    Raises
+    ------
+    ValueError
+        If a number is smaller than 1.
+    """
+
+    def __init__(self, tasks: int, actions: int, generator: torch.Generator) -> None:
+        super().__init__()
+        if min(tasks, actions) < 1:
+            raise ValueError(f"tasks and actions must be at least 1, got {tasks=}, {actions=}")
+        self.actions = actions
+        layers: list[nn.Module] = []
+        for n_in, n_out, size, stride in ((4, 32, 8, 4), (32, 64, 4, 2), (64, 64, 3, 1)):
+            layers += [nn.utils.skip_init(nn.Conv2d, n_in, n_out, size, stride=stride), nn.ReLU()]
+        layers += [nn.Flatten(), nn.utils.skip_init(nn.Linear, 64 * 7 * 7, 512), nn.ReLU()]
+        self.encoder = nn.Sequential(*layers)
+        for parameter in self.encoder.parameters():
+            if parameter.ndim > 1:
+                nn.init.xavier_uniform_(parameter, generator=generator)
+            else:
+                nn.init.zeros_(parameter)
+        self.heads = _BatchedLinear(1, 512, tasks * actions, generator)
+
+    def features(self, x: Float[Tensor, "*batch 4 84 84"]) -> Float[Tensor, "*batch 512"]:
+        """The 512 features of each stack of screens."""
+        return self.encoder(x.flatten(0, -4)).unflatten(0, x.shape[:-3])
+
+    def forward(self, x: Float[Tensor, "1 batch 4 84 84"]) -> Float[Tensor, "1 batch tasks actions"]:
+        return self.heads(self.features(x)).unflatten(-1, (-1, self.actions))
+
+
+@torch.no_grad()
+def frame_indicators(
+    frames: Frames, tasks: int, proportion: float, steps: int, generator: torch.Generator
+) -> Bool[Tensor, "n tasks"]:
+    """:func:`random_network_indicators` on screens: a random :class:`AtariNetwork`, biases by quantile regression.
+
+    The tasks share the layers of the random network but the last one. ``steps`` and errors are those of
+    :func:`fit_quantile_bias`.
+    """
+    network = AtariNetwork(tasks, 1, generator).to(frames.screens.device)
+    outputs = [network(frames[states][None])[0, ..., 0] for states in torch.arange(len(frames)).split(512)]
+    outputs = torch.cat(outputs)
+    return outputs + fit_quantile_bias(outputs, proportion, steps, generator) > 0
+
+
+class Played(NamedTuple):
+    """Episodes that came to their end while :func:`linear_agent` learned."""
+
+    step: Int[Tensor, " episodes"]  # how many interactions were over
+    score: Float[Tensor, " episodes"]  # sum of the game's rewards
+
+
+def linear_agent(
+    network: AtariNetwork,
+    frames: Frames,
+    game: str,
+    *,
+    steps: int,
+    generator: torch.Generator,
+    gamma: float = 0.99,
+    lr: float = 1e-3,
+) -> Played:
+    """Q-learning of a linear head on the frozen features of a network, as :func:`linear_q_learning`, in a game.
+
+    Rewards are clipped to -1, 0 and 1. Actions are ε-greedy, where ε falls from 1 to 0.01 over the first quarter of the
+    steps. After a fiftieth of the steps every fourth is followed by an Adam step on 32 moments of the past; the target
+    head is renewed 125 times.
+
+    Parameters
+    ----------
+    network
+        Its features are used, scaled to a mean square norm of 1; its heads are not.
+    frames
+        Experience over which this mean is taken.
+    steps
+        Interactions with the game.
+
+    Raises
+    ------
+    ValueError
+        If ``steps`` is smaller than 250, ``gamma`` is not in [0, 1), ``lr`` is not positive, or the features are zero.
+    DataUnavailable
+        If the game needs the package ale-py, which is missing.
+    """
+    _check_gamma(gamma)
+    if steps < 250 or not lr > 0:
+        raise ValueError(f"steps must be at least 250 and lr positive, got {steps=}, {lr=}")
+    device = frames.screens.device
+    with torch.no_grad():
+        sample = network.features(frames[torch.randint(len(frames), (1000,), generator=generator)])
+    size = sample.square().sum(-1).mean().sqrt()
+    if not size > 0:
+        raise ValueError("the features of the network are all zero; nothing can be learned from them")
+    env = _open(game)
+    n_actions = int(env.action_space.n)
+    head = nn.utils.skip_init(nn.Linear, sample.shape[-1], n_actions, device=device)
+    for parameter in head.parameters():
+        nn.init.zeros_(parameter)
+    target, update = copy.deepcopy(head), torch.optim.Adam(head.parameters(), lr=lr)
+    phi = torch.empty(steps, sample.shape[-1], device=device)
+    actions = torch.randint(n_actions, (steps,), generator=generator)
+    explore = torch.rand(steps, generator=generator)
+    rewards, ended = torch.zeros(1, steps), torch.zeros(1, steps, dtype=torch.bool)
+    recent = deque([_screen(env.reset(seed=_seed(generator))[0])] * 4, maxlen=4)
+    played, score = [], 0.0
+    for t in trange(steps, leave=False):
+        with torch.no_grad():
+            phi[t] = network.features(torch.stack(list(recent))[None].to(device) / 255)[0] / size
+            if explore[t] >= max(0.01, 1 - 4 * t / steps):
+                actions[t] = head(phi[t]).argmax()
+        picture, reward, terminated, truncated, _ = env.step(int(actions[t]))
+        rewards[0, t], ended[0, t] = float(np.sign(reward)), terminated or truncated
+        score += float(reward)
+        if ended[0, t]:
+            played.append((t + 1, score))
+            recent.extend([_screen(env.reset()[0])] * 4)
+            score = 0.0
+        else:
+            recent.append(_screen(picture))
+        if t % 4 or t < max(steps // 50, _N_STEP):
+            continue
+        first = torch.randint(t - _N_STEP + 1, (1, 32), generator=generator)  # so that the state behind is known
+        gain, end = _n_step(first, rewards, ended, gamma)
+        weight = gamma ** (end - first + 1) * ~ended[0, end]
+        with torch.no_grad():
+            y = gain[0].to(device) + weight[0].to(device) * target(phi[end[0] + 1]).amax(-1)
+        q = head(phi[first[0]]).gather(-1, actions[first[0], None].to(device)).squeeze(-1)
+        update.zero_grad()
+        (0.5 * (y - q).square().mean()).backward()
+        update.step()
+        if t // 4 % max(steps // 500, 1) == 0:
+            target.load_state_dict(head.state_dict())
+    env.close()
+    step, total = zip(*played, strict=True) if played else ((), ())
+    return Played(torch.tensor(step, dtype=torch.long), torch.tensor(total))

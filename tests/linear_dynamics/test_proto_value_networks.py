@@ -1,27 +1,36 @@
 """Oracles: circulant spectra, SciPy's subspace angles, exact quantiles, breadth-first distances, the tabular limit."""
 
 import math
+import sys
 from collections import deque
 
+import gymnasium
 import numpy as np
 import pytest
 import torch
 from gymnasium.utils.env_checker import check_env
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 from scipy.linalg import subspace_angles
 from sklearn.linear_model import LinearRegression
 
+from companion.data import DataUnavailable
 from companion.linear_dynamics.proto_value_networks import (
+    AtariNetwork,
     FourRooms,
+    Frames,
     ProtoValueNetwork,
     dqn,
     fit_quantile_bias,
+    frame_indicators,
+    linear_agent,
     linear_fit_error,
     linear_q_learning,
     policy_score,
     proto_value_functions,
     q_learning,
+    random_frames,
     random_network_indicators,
     successor_representation,
     td_target,
@@ -298,6 +307,22 @@ def test_without_discount_the_network_learns_the_reward_of_the_state_left():
     torch.testing.assert_close(network(MAZE.observations).mean(-1), rewards, rtol=0, atol=0.25)
 
 
+def test_nothing_is_expected_behind_the_end_of_an_episode():
+    network = ProtoValueNetwork(1, 169, 48, 3, 64, generator())
+    rewards = random_network_indicators(MAZE.observations, 3, 0.3, generator(1)).float()[None]
+    ends = torch.zeros(104, dtype=torch.bool)
+    ends[:52] = True  # wherever the agent goes from there
+    transitions = MAZE.walk(200, 50, generator(2))[None]
+    options = dict(steps=1000, generator=generator(), ends=ends, gamma=0.9, batch=64)
+    train_proto_value_network(network, transitions, MAZE.observations, rewards, **options)
+    alive = P * (~ends).double()[:, None]
+    exact = torch.linalg.solve(torch.eye(104, dtype=F64) - 0.9 * alive, rewards[0].double())
+    error = (network(MAZE.observations).mean(-1)[0] - exact).abs()
+    assert error[:52].mean() < 0.15
+    assert error[52:].mean() < 0.35
+    assert exact[52:].mean() > 1  # while the rewards are 0 or 1
+
+
 # --- control ----------------------------------------------------------------------------------------------------------
 
 
@@ -361,6 +386,126 @@ def test_dqn_leaves_the_network_as_it_is():
     assert (tables[-1] - network(MAZE.observations).squeeze(-2)).abs().max() > 0.01
 
 
+# --- games ------------------------------------------------------------------------------------------------------------
+
+
+class Lamp(gymnasium.Env):
+    """One half of the screen is lit; its action pays 2, the other one -1. An episode has seven steps."""
+
+    action_space = gymnasium.spaces.Discrete(2)
+    observation_space = gymnasium.spaces.Box(0, 255, (210, 160), np.uint8)
+    noise = np.random.default_rng(0).integers(0, 60, (210, 160), dtype=np.uint8)
+
+    def __init__(self, obs_type):
+        assert obs_type == "grayscale"
+
+    def picture(self):
+        self.lit = int(self.np_random.integers(2))
+        picture = self.noise.copy()
+        picture[:, 80 * self.lit : 80 * self.lit + 80] += 180
+        return picture
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.age = 0
+        return self.picture(), {}
+
+    def step(self, action):
+        reward, self.age = 2.0 if action == self.lit else -1.0, self.age + 1
+        return self.picture(), reward, self.age == 7, False, {}
+
+
+@pytest.fixture
+def lamp():
+    gymnasium.register("Lamp-v0", Lamp)
+    yield "Lamp-v0"
+    del gymnasium.registry["Lamp-v0"]
+
+
+def lit(screens):
+    """Which half is bright."""
+    return (screens[..., 42:].float().mean((-1, -2)) > screens[..., :42].float().mean((-1, -2))).long()
+
+
+def test_frames_are_screens_actions_and_episodes(lamp):
+    before = torch.get_rng_state()
+    frames = random_frames(lamp, 100, generator())
+    assert torch.equal(torch.get_rng_state(), before)
+    assert len(frames) == 100
+    assert frames.n_actions == 2
+    steps = torch.arange(100)
+    assert torch.equal(frames.ends, steps % 7 == 6)
+    assert torch.equal(frames.first, steps - steps % 7)
+    assert 30 < frames.actions.sum() < 70
+    assert torch.equal(frames.transitions, torch.stack([steps[:-1], frames.actions[:-1], steps[1:]], 1))
+    picture = Lamp.noise.copy()
+    half = slice(80, 160) if lit(frames.screens[0]) else slice(0, 80)
+    picture[:, half] += 180
+    small = np.asarray(Image.fromarray(picture).resize((84, 84), Image.Resampling.BILINEAR))
+    assert np.abs(small.astype(int) - frames.screens[0].numpy()).max() <= 1
+    again = random_frames(lamp, 100, generator())
+    assert torch.equal(again.screens, frames.screens)
+
+
+def test_a_state_is_four_screens_of_one_episode():
+    screens = torch.arange(8, dtype=torch.uint8)[:, None, None].expand(8, 84, 84)
+    none = torch.zeros(8, dtype=torch.long)
+    frames = Frames(screens, torch.tensor([0, 0, 0, 0, 0, 5, 5, 5]), none, none > 0, 3)
+    states = frames[torch.tensor([[0, 2], [4, 7]])]
+    assert states.shape == (2, 2, 4, 84, 84)
+    seen = (255 * states[..., 0, 0]).round().long()
+    assert seen.tolist() == [[[0, 0, 0, 0], [0, 0, 1, 2]], [[1, 2, 3, 4], [5, 5, 6, 7]]]
+
+
+def test_the_encoder_is_the_one_of_deep_q_learning():
+    network = AtariNetwork(5, 3, generator())
+    assert sum(parameter.numel() for parameter in network.encoder.parameters()) == 1_684_128
+    x = torch.rand(1, 2, 4, 84, 84, generator=generator(1))
+    phi = network.features(x)
+    assert phi.shape == (1, 2, 512)
+    assert (phi >= 0).all()
+    torch.testing.assert_close(network.features(x[0])[1], phi[0, 1], rtol=1e-4, atol=1e-5)
+    assert network(x).shape == (1, 2, 5, 3)
+    torch.testing.assert_close(network(x)[..., 4, 2], phi @ network.heads.weight[0, :, 14])
+
+
+def test_indicators_of_screens_are_active_on_the_share():
+    screens = torch.randint(0, 256, (300, 84, 84), generator=generator(), dtype=torch.uint8)
+    steps = torch.arange(300)
+    frames = Frames(screens, 0 * steps, 0 * steps, steps < 0, 2)
+    tasks = frame_indicators(frames, 20, 0.1, 1000, generator(1))
+    assert tasks.shape == (300, 20)
+    assert ((tasks.double().mean(0) - 0.1).abs() < 0.03).all()
+    assert len(tasks.unique(dim=1)[0]) == 20
+
+
+def test_a_linear_head_learns_to_play(lamp):
+    frames = random_frames(lamp, 50, generator())
+    network = AtariNetwork(1, 2, generator(1))
+    before = [parameter.clone() for parameter in network.parameters()], torch.get_rng_state()
+    played = linear_agent(network, frames, lamp, steps=700, lr=0.02, gamma=0.5, generator=generator(2))
+    assert all(torch.equal(a, b) for a, b in zip(before[0], network.parameters(), strict=True))
+    assert torch.equal(before[1], torch.get_rng_state())
+    assert played.step.tolist() == list(range(7, 701, 7))
+    assert -3 < played.score[:10].mean() < 10  # 3.5 by chance
+    assert played.score[-30:].mean() > 13  # of 14
+
+
+def test_pong_is_played():
+    pytest.importorskip("ale_py")
+    frames = random_frames("ALE/Pong-v5", 120, generator())
+    assert frames.n_actions == 6
+    assert not frames.ends.any()  # a game takes longer
+    assert frames.screens[0].float().std() > 5
+    assert (frames.screens[1:] != frames.screens[:-1]).flatten(1).any(1).float().mean() > 0.5  # something moves
+
+
+def test_a_missing_game_says_what_to_do(monkeypatch):
+    monkeypatch.setitem(sys.modules, "ale_py", None)
+    with pytest.raises(DataUnavailable, match=r"ALE/Pong-v5.*ale-py.*BOOK_PROFILE=book"):
+        random_frames("ALE/Pong-v5", 10, generator())
+
+
 # --- errors -----------------------------------------------------------------------------------------------------------
 
 
@@ -372,6 +517,15 @@ REWARDS = torch.zeros(1, 104, 2)
 def train(transitions=DATA, rewards=REWARDS, **options):
     options = {"steps": 1, "generator": generator(), **options}
     return train_proto_value_network(NETWORK, transitions, MAZE.observations, rewards, **options)
+
+
+STEPS = torch.arange(3)
+DARK = Frames(torch.zeros(3, 84, 84, dtype=torch.uint8), 0 * STEPS, 0 * STEPS, STEPS < 0, 2)
+
+
+def agent(**options):
+    options = {"steps": 250, "generator": generator(), **options}
+    return linear_agent(AtariNetwork(1, 2, generator()), DARK, "Lamp-v0", **options)
 
 
 def control(goals=CORNERS[:1], **options):
@@ -408,6 +562,15 @@ def control(goals=CORNERS[:1], **options):
         (lambda: train(transitions=DATA[0]), "transitions"),
         (lambda: train(gamma=1.0), "gamma"),
         (lambda: train(tau=1.0), "tau"),
+        (lambda: train(batch=0), "batch"),
+        (lambda: train(ends=torch.ones(3, dtype=torch.bool)), "ends"),
+        (lambda: random_frames("Lamp-v0", 1, generator()), "n must"),
+        (lambda: AtariNetwork(0, 2, generator()), "tasks"),
+        (lambda: frame_indicators(DARK, 2, 1.0, 10, generator()), "proportion"),
+        (lambda: agent(steps=249), "steps"),
+        (lambda: agent(lr=0.0), "lr"),
+        (lambda: agent(gamma=1.0), "gamma"),
+        (agent, "zero"),
         (lambda: control(goals=torch.tensor([104])), "goals"),
         (lambda: control(gamma=-0.1), "gamma"),
         (lambda: control(steps=30), "steps"),

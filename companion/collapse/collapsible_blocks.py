@@ -11,25 +11,17 @@ convolution with weights ``W`` and biases ``beta``. Images are grey, with values
 from __future__ import annotations
 
 import copy
-import math
-import os
-import shutil
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from itertools import pairwise
-from pathlib import Path
-from tempfile import TemporaryDirectory
-from urllib.request import urlretrieve
 
 import torch
-from jaxtyping import Float
-from matplotlib.image import imread
-from sklearn.datasets import get_data_home
+from jaxtyping import Float, UInt8
 from torch import Tensor, nn
 from torch.nn import functional as F
-from tqdm import trange
+from torch.optim.lr_scheduler import LRScheduler
 
-from companion import data, runtime, training
+from companion import training
 
 Pairs = list[tuple[Float[Tensor, "n 1 h w"], Float[Tensor, "n 1 sh sw"]]]  # batches: small images, true large ones
 
@@ -193,7 +185,7 @@ class CollapsibleLinearBlock(nn.Module):
             raise ValueError(f"residual=True needs equal numbers of channels, got {in_channels=}, {out_channels=}")
         self.expand = nn.utils.skip_init(nn.Conv2d, in_channels, r, kernel_size, padding=kernel_size // 2)
         self.project = nn.utils.skip_init(nn.Conv2d, r, out_channels, 1)
-        self.residual, self.mode = residual, mode
+        self.expansion, self.residual, self.mode = expansion, residual, mode
         for conv in (self.expand, self.project):
             limit = conv.weight[0].numel() ** -0.5
             for parameter in conv.parameters():
@@ -289,6 +281,27 @@ class SESR(nn.Module):
             h = activation(block(h))
         return F.pixel_shuffle(tail(h + first) + x, self.scale)
 
+    def rescale(self, scale: int, generator: torch.Generator) -> SESR:
+        """A network for another factor: a copy with a new last block, which alone depends on the factor.
+
+        Raises
+        ------
+        ValueError
+            If ``scale`` is not positive.
+
+        Notes
+        -----
+        Source: the paper trains its networks for a factor of 4 from those for 2.
+        """
+        other = copy.deepcopy(self)
+        last = self.blocks[-1]
+        *_, shape = _convolutions(len(self.activations[0].weight), len(self.activations), scale)
+        other.scale = scale
+        other.blocks[-1] = CollapsibleLinearBlock(*shape, last.expansion, mode=last.mode, generator=generator).to(
+            last.expand.weight
+        )
+        return other
+
     def collapse(self) -> SESR:
         """The network for inference: a copy in which every block is an ordinary convolution."""
         narrow = copy.deepcopy(self)
@@ -378,31 +391,35 @@ def mean_psnr(network: Callable[[Tensor], Tensor], pairs: Pairs) -> Float[Tensor
 
 def train(
     network: SESR,
-    small: Float[Tensor, "n 1 h w"],
-    large: Float[Tensor, "n 1 sh sw"],
+    large: Float[Tensor, "n 1 h w"],
     test: Pairs,
     *,
     steps: int,
     batch: int,
+    crop: int,
+    lr: float,
     optimizer: Callable[..., torch.optim.Optimizer],
-    schedule: Callable[..., torch.optim.lr_scheduler.LRScheduler],
+    schedule: Callable[[torch.optim.Optimizer], LRScheduler] | None,
     record_every: int,
     generator: torch.Generator,
-) -> tuple[SESR, dict[str, list[float]]]:
-    """Train a copy of ``network`` on the mean absolute error of mini-batches, each turned by a multiple of 90 degrees.
+) -> tuple[SESR, training.History]:
+    """Train a copy of ``network`` on the mean absolute error of mini-batches.
+
+    Every mini-batch is cut out of its images at one random place, turned by a multiple of 90 degrees and mirrored or
+    not, then shrunk by the factor of the network.
 
     Parameters
     ----------
     network
         Where to start; not modified.
-    small, large
-        Square images before and after the enlargement.
+    large
+        Images after the enlargement.
     test
-        Where to measure PSNR, before the first step and after every ``record_every`` steps.
-    steps, batch
-        Number of steps, and of images in a mini-batch.
-    optimizer, schedule
-        Called with the parameters, and with the optimiser.
+        Where to measure PSNR.
+    steps, lr, optimizer, schedule, record_every
+        As for :func:`companion.training.fit`.
+    batch, crop
+        Number of images in a mini-batch, and the side in pixels of what is cut out of them.
     generator
         Source of the mini-batches.
 
@@ -411,33 +428,46 @@ def train(
     network
         The trained copy.
     history
-        ``"step"``, ``"psnr"`` in dB, and ``"cpu"``, the CPU seconds spent on training (not on measuring) so far.
+        ``"step"``, ``"loss"``, ``"psnr"`` in dB, and ``"cpu"``, the CPU seconds spent on training (not on measuring)
+        so far.
 
     Raises
     ------
     ValueError
-        If ``steps`` or ``record_every`` is not positive, or ``batch`` does not lie between 1 and n.
+        If ``batch`` does not lie between 1 and n, ``crop`` is larger than the images or no multiple of the factor, or
+        for the reasons of :func:`companion.training.fit`.
     """
-    if steps < 1 or record_every < 1:
-        raise ValueError(f"steps and record_every must be positive, got {steps=}, {record_every=}")
+    if not 1 <= crop <= min(large.shape[-2:]):
+        raise ValueError(f"crop must be between 1 and the smaller side of large, got {crop} of {tuple(large.shape)}")
     network = copy.deepcopy(network)
-    update = optimizer([parameter for parameter in network.parameters() if parameter.requires_grad])
-    rate = schedule(update)
-    batches = training.minibatches(len(small), batch, generator)
-    history = {"step": [0], "psnr": [float(mean_psnr(network, test))], "cpu": [0.0]}
-    spent = 0.0
-    for step in trange(1, steps + 1, leave=False):
-        started = time.process_time()
-        rows, turns = next(batches).to(small.device), int(torch.randint(4, (), generator=generator))
-        x, y = (torch.rot90(images[rows], turns, (2, 3)) for images in (small, large))
-        update.zero_grad()
-        F.l1_loss(network(x), y).backward()
-        update.step()
-        rate.step()
-        spent += time.process_time() - started
-        if step % record_every == 0 or step == steps:
-            row = {"step": step, "psnr": float(mean_psnr(network, test)), "cpu": spent}
-            history = {key: [*values, row[key]] for key, values in history.items()}
+    batches = training.minibatches(len(large), batch, generator)
+    device = next(network.parameters()).device
+    started, measuring = time.process_time(), 0.0
+
+    def loss(step: int) -> Float[Tensor, ""]:
+        top, left = (int(torch.randint(side - crop + 1, (), generator=generator)) for side in large.shape[-2:])
+        turns, mirrored = torch.randint(4, (2,), generator=generator).tolist()
+        y = large[next(batches), :, top : top + crop, left : left + crop].to(device).rot90(turns, (2, 3))
+        y = y.mT if mirrored % 2 else y
+        return F.l1_loss(network(shrink(y, network.scale)), y)
+
+    def record() -> dict[str, Tensor]:
+        nonlocal measuring
+        now = time.process_time()
+        row = {"cpu": torch.tensor(now - started - measuring), "psnr": mean_psnr(network, test).cpu()}
+        measuring += time.process_time() - now
+        return row
+
+    history = training.fit(
+        loss,
+        [parameter for parameter in network.parameters() if parameter.requires_grad],
+        steps=steps,
+        lr=lr,
+        optimizer=optimizer,
+        schedule=schedule,
+        record=record,
+        record_every=record_every,
+    )
     return network, history
 
 
@@ -457,74 +487,22 @@ def shrink(large: Float[Tensor, "n 1 h w"], scale: int) -> Float[Tensor, "n 1 {h
     return F.interpolate(large, scale_factor=1 / scale, mode="bicubic", antialias=True).clamp(0, 1)
 
 
-def shape_images(n: int, size: int, generator: torch.Generator) -> Float[Tensor, "n 1 size size"]:
-    """Grey images of six overlapping ellipses and rectangles with soft shading, whose edges lie between pixels.
-
-    Drawn at four times the size and averaged, so that a pixel on an edge tells how far the edge reaches into it.
+def luminance(rgb: UInt8[Tensor, "3 h w"]) -> Float[Tensor, "1 h w"]:
+    """Luma of a photograph (Y of YCbCr, ITU-R BT.601), as the benchmarks judge it: from 16/255 to 235/255.
 
     Raises
     ------
     ValueError
-        If ``n`` or ``size`` is not positive.
+        If ``rgb`` does not have three channels.
     """
-    if n < 1 or size < 1:
-        raise ValueError(f"n and size must be positive, got {n=}, {size=}")
-
-    def uniform() -> Float[Tensor, "n 1 1"]:
-        return torch.rand(n, 1, 1, generator=generator)
-
-    axis = (2 * torch.arange(4 * size) + 1) / (4 * size) - 1  # the canvas is [-1, 1]²
-    y, x = torch.meshgrid(axis, axis, indexing="ij")
-    canvas = uniform() + 0.3 * (uniform() - 0.5) * x + 0.3 * (uniform() - 0.5) * y
-    for _ in range(6):
-        dx, dy, angle = x - (2 * uniform() - 1), y - (2 * uniform() - 1), math.pi * uniform()
-        u, v = dx * angle.cos() + dy * angle.sin(), dy * angle.cos() - dx * angle.sin()
-        p, q = u / (0.1 + 0.6 * uniform()), v / (0.1 + 0.6 * uniform())
-        inside = torch.where(uniform() < 0.5, p**2 + q**2 < 1, (p.abs() < 1) & (q.abs() < 1))
-        canvas = torch.where(inside, uniform() + 0.15 * (uniform() - 0.5) * u, canvas)
-    return F.avg_pool2d(canvas.clamp(0, 1)[:, None], 4)
-
-
-def photographs(name: str) -> Iterator[Float[Tensor, "1 1 h w"]]:
-    """Luminance of the PNG images in the folder ``name`` of scikit-learn's data home, one by one, cut to even sizes.
-
-    ``"DIV2K_train_HR"`` and ``"DIV2K_valid_HR"`` are downloaded on first use (3.5 and 0.4 GB); a download that breaks
-    off leaves nothing behind. In the ``smoke`` profile a few drawn images stand in.
-
-    Raises
-    ------
-    DataUnavailable
-        If the folder is missing and cannot be downloaded.
-    """
-    if runtime.profile() == "smoke":
-        yield from shape_images(6, 32, torch.Generator().manual_seed(0)).split(1)
-        return
-    folder = Path(get_data_home(), name)
-    if not folder.exists():
-        _download(folder)
-    for path in sorted(folder.glob("*.png")):
-        rgb = torch.from_numpy(imread(path))[..., :3]
-        grey = (rgb @ torch.tensor([65.481, 128.553, 24.966]) + 16) / 255  # Y of YCbCr, as in the benchmarks
-        yield grey[None, None, : len(grey) // 2 * 2, : grey.shape[1] // 2 * 2]
-
-
-def _download(folder: Path) -> None:
-    """Fetch a part of DIV2K and unpack it as ``folder``."""
-    try:
-        with TemporaryDirectory(dir=folder.parent) as fresh:
-            archive = Path(fresh, "archive.zip")
-            urlretrieve(f"https://data.vision.ee.ethz.ch/cvl/DIV2K/{folder.name}.zip", archive)
-            shutil.unpack_archive(archive, fresh)
-            os.replace(Path(fresh, folder.name), folder)
-    except (OSError, shutil.ReadError) as error:
-        raise data.DataUnavailable(
-            f"the images {folder.name!r} could not be downloaded: {error}. Put a folder of this name with PNG images "
-            f"into {folder.parent}, or set BOOK_PROFILE=book, which needs no download."
-        ) from error
+    if rgb.ndim != 3 or len(rgb) != 3:
+        raise ValueError(f"rgb must have the shape (3, height, width), got {tuple(rgb.shape)}")
+    weights = torch.tensor([65.481, 128.553, 24.966]) / 255
+    return (torch.einsum("c,chw->hw", weights, rgb.float()) + 16)[None] / 255
 
 
 def random_patches(
-    images: Iterator[Float[Tensor, "1 1 h w"]], per_image: int, size: int, generator: torch.Generator
+    images: Iterable[Float[Tensor, "1 h w"]], per_image: int, size: int, generator: torch.Generator
 ) -> Float[Tensor, "n 1 size size"]:
     """Square patches at random places of every image, ``per_image`` of each.
 
@@ -542,5 +520,5 @@ def random_patches(
         lefts = torch.randint(width - size + 1, (per_image,), generator=generator).tolist()
         corners = zip(tops, lefts, strict=True)
         # Stacked image by image: a list of slices would keep every whole image in memory.
-        patches.append(torch.stack([image[0, :, top : top + size, left : left + size] for top, left in corners]))
+        patches.append(torch.stack([image[:, top : top + size, left : left + size] for top, left in corners]))
     return torch.cat(patches)

@@ -194,11 +194,12 @@ def min_damping(lr: float, B: int, bulk_trace: float) -> float:
 
 
 def flat_network(
-    network: nn.Module, generator: torch.Generator
+    network: nn.Module, generator: torch.Generator, gain: float = 1.0
 ) -> tuple[Callable[[Float[Tensor, " P"], Tensor], Tensor], Float[Tensor, " P"]]:
     """A network as a function ``forward(w, x)`` of one vector, and a random vector to start from.
 
-    Weights are Gaussian with variance 1/fan-in, biases zero.
+    Weights are Gaussian with variance gain/fan-in, biases zero. A deep network of ReLU units needs a gain of 2:
+    otherwise each of its layers halves the mean square of the signal.
     """
     names, shapes = zip(*((name, p.shape) for name, p in network.named_parameters()), strict=True)
 
@@ -208,15 +209,28 @@ def flat_network(
         return functional_call(network, parameters, (x,))
 
     draws = [torch.randn(shape, generator=generator) for shape in shapes]
-    scales = [math.prod(shape[1:]) ** -0.5 if len(shape) > 1 else 0.0 for shape in shapes]
+    scales = [(gain / math.prod(shape[1:])) ** 0.5 if len(shape) > 1 else 0.0 for shape in shapes]
     return forward, torch.cat([scale * draw.flatten() for scale, draw in zip(scales, draws, strict=True)])
 
 
-def hessian_matvec(loss_fn: Loss, w: Float[Tensor, " P"], X: Float[Tensor, "n *features"], y: Tensor) -> MatVec:
-    """The map ``v -> H v`` of the Hessian of ``loss_fn`` at ``w`` on the samples given, at the cost of a gradient."""
+def hessian_matvec(
+    loss_fn: Loss, w: Float[Tensor, " P"], X: Float[Tensor, "n *features"], y: Tensor, chunk_size: int | None = None
+) -> MatVec:
+    """The map ``v -> H v`` of the Hessian of ``loss_fn`` at ``w`` on the samples given.
+
+    It costs about two gradients. The graph of the gradient is kept from one product to the next, unless there are more
+    samples than ``chunk_size``: then they are worked through in chunks, anew for every product.
+    """
     w = w.detach().requires_grad_()
-    (slope,) = torch.autograd.grad(loss_fn(w, X, y), w, create_graph=True)
-    return lambda v: torch.autograd.grad(slope, w, v, retain_graph=True)[0]
+    chunks = list(zip(X.split(chunk_size or len(X)), y.split(chunk_size or len(X)), strict=True))
+
+    def slope(x: Tensor, target: Tensor) -> Float[Tensor, " P"]:
+        return torch.autograd.grad(loss_fn(w, x, target) * (len(x) / len(X)), w, create_graph=True)[0]
+
+    if len(chunks) > 1:
+        return lambda v: sum(torch.autograd.grad(slope(*chunk), w, v)[0] for chunk in chunks)
+    kept = slope(X, y)
+    return lambda v: torch.autograd.grad(kept, w, v, retain_graph=True)[0]
 
 
 def top_eigenpairs(
@@ -310,6 +324,7 @@ def curvature_noise(
     y: Float[Tensor, "n *targets"],
     eigvals: Float[Tensor, " k"],
     eigvecs: Float[Tensor, "P k"],
+    chunk_size: int = 512,
 ) -> CurvatureNoise:
     """Measure the noise of the curvature along the top eigenvector, from one Hessian-vector product per sample.
 
@@ -321,6 +336,8 @@ def curvature_noise(
         All samples.
     eigvals, eigvecs
         The largest eigenvalues of the full Hessian in falling order, and their eigenvectors in columns.
+    chunk_size
+        Number of samples that are worked on side by side, each with a vector of ``P`` numbers.
 
     Returns
     -------
@@ -347,13 +364,14 @@ def curvature_noise(
     def product(x: Tensor, target: Tensor) -> Tensor:
         return grad(lambda point: grad(loss_fn)(point, x, target) @ top)(w)
 
-    centre = product(X, y)
+    chunks = zip(X.split(chunk_size), y.split(chunk_size), strict=True)
+    centre = sum(len(x) / len(X) * product(x, target) for x, target in chunks)
 
     def deviation(x: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
         change = product(x[None], target[None]) - centre
         return change @ change, (change @ eigvecs) ** 2
 
-    total, along = (sums.double().sum(0) / (len(X) - 1) for sums in vmap(deviation, chunk_size=512)(X, y))
+    total, along = (sums.double().sum(0) / (len(X) - 1) for sums in vmap(deviation, chunk_size=chunk_size)(X, y))
     rest = (total - along.sum()) / eigvals[0]
     return CurvatureNoise(float(total), along, float((along[1:] / (eigvals[0] - eigvals[1:])).sum() + rest))
 
@@ -368,7 +386,9 @@ def descend(
     schedule: Callable[[int, Tensor], tuple[float | Tensor, float | Tensor]],
     optimizer: str = "sgd",
     record_every: int = 1,
-) -> Float[Tensor, "records seeds runs P"]:
+    record_from: int = 0,
+    record: Callable[[Float[Tensor, "seeds runs P"]], Tensor] = torch.clone,
+) -> Float[Tensor, "records ..."]:
     """Train many networks side by side; the runs of one seed see the same batches.
 
     Parameters
@@ -385,13 +405,15 @@ def descend(
     optimizer
         ``"sgd"``: heavy ball as in ``torch.optim.SGD``. ``"adam"``: ``torch.optim.Adam`` with ``beta_1 = momentum``,
         ``beta_2 = 0.999``, ``epsilon = 1e-8``.
-    record_every
-        Number of steps between two records.
+    record_every, record_from
+        Number of steps between two records, and the step before which there is none.
+    record
+        What to keep of the parameters; by default all of them.
 
     Returns
     -------
     Tensor
-        The parameters after every ``record_every`` steps.
+        What ``record`` returned after every ``record_every`` steps.
 
     Raises
     ------
@@ -417,8 +439,8 @@ def descend(
             first = momentum * first + (1 - momentum) * slope
             second = 0.999 * second + 0.001 * slope**2
             w = w - lr * first / (1 - momentum**step) / ((second / (1 - 0.999**step)).sqrt() + 1e-8)
-        if step % record_every == 0:
-            records.append(w)
+        if step % record_every == 0 and step >= record_from:
+            records.append(record(w))
     return torch.stack(records)
 
 

@@ -4,14 +4,16 @@ Frantar, Kurtic and Alistarh, "M-FAC: Efficient Matrix-Free Approximations of Se
 (arXiv 2107.03356).
 
 The Hessian of a loss with ``d`` weights is approximated by ``F = λ I + 1/m Σ g_i g_iᵀ``, with ``m`` gradients ``g_i``
-(the rows of ``G``) and a damping ``λ > 0``. All classes here compute with ``F⁻¹`` exactly, up to rounding, and store
-``O(d m)`` numbers. Gradients and weights are flat vectors; matrices multiply columns of shape ``(d, 1)``, not vectors,
-because PyTorch's FLOP counter sees only the former.
+(the rows of ``G``) and a damping ``λ > 0``. All classes here compute with ``F⁻¹`` exactly, up to rounding, and none
+stores ``d × d`` numbers. Gradients and weights are flat vectors; matrices multiply columns of shape ``(d, 1)``, not
+vectors, because PyTorch's FLOP counter sees only the former.
 """
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Callable, Iterable, Sequence
+from itertools import count
 
 import torch
 from jaxtyping import Bool, Float
@@ -34,12 +36,12 @@ def _check_vector(name: str, x: Tensor, dim: int) -> None:
 
 
 def sherman_morrison(
-    gradients: Float[Tensor, "*blocks m d"], damping: float
-) -> tuple[Float[Tensor, "*blocks m d"], Float[Tensor, "*blocks m"]]:
+    gradients: Float[Tensor, "m d"], damping: float
+) -> tuple[Float[Tensor, "m d"], Float[Tensor, " m"]]:
     """Factors ``v_i`` and ``q_i`` with ``F⁻¹ = I/λ - Σ v_i v_iᵀ / q_i``, one gradient after the other.
 
     ``v_i`` is the inverse of the first ``i - 1`` terms times ``g_i``, and ``q_i = m + g_iᵀ v_i``. The cost is
-    ``2 d m²`` operations. Leading axes are independent problems. Source: the paper's static algorithm.
+    ``2 d m²`` operations. Source: the paper's static algorithm.
 
     Parameters
     ----------
@@ -48,14 +50,13 @@ def sherman_morrison(
     damping
         ``λ``, positive.
     """
-    m = gradients.shape[-2]
-    v = gradients / damping
-    q = gradients.new_empty(gradients.shape[:-1])
+    m = len(gradients)
+    v, q = gradients / damping, gradients.new_empty(m)
     for i in range(m):
-        g, before = gradients[..., i, :, None], v[..., :i, :]
-        coefficients = before @ g / q[..., :i, None]
-        v[..., i, :] -= (coefficients.mT @ before)[..., 0, :]
-        q[..., i] = m + (v[..., i, None, :] @ g)[..., 0, 0]
+        g, before = gradients[i, :, None], v[:i]
+        coefficients = before @ g / q[:i, None]
+        v[i] -= (coefficients.mT @ before)[0]
+        q[i] = m + (v[i, None] @ g)[0, 0]
     return v, q
 
 
@@ -115,6 +116,9 @@ class StaticInverseFisher:
 class BlockInverseFisher:
     """The inverse of the block-diagonal part of the Fisher matrix, in consecutive blocks of coordinates.
 
+    A block is a matrix of its own and is inverted as such, in float64: as long as blocks are smaller than ``m``, this
+    is cheaper than ``m`` factors for each of them. It stores ``d`` times ``block_size`` numbers.
+
     Parameters
     ----------
     gradients, damping
@@ -132,8 +136,11 @@ class BlockInverseFisher:
         _check_gradients(gradients, damping)
         if block_size < 1:
             raise ValueError(f"block_size must be at least 1, got {block_size}")
-        self.damping, self.block_size, self.dim = damping, block_size, gradients.shape[1]
-        self.v, self.q = sherman_morrison(self._blocks(gradients).movedim(1, 0), damping)
+        self.block_size, self.dim = block_size, gradients.shape[1]
+        blocks = self._blocks(gradients.double()).movedim(1, 0)
+        fisher = blocks.mT @ blocks / len(gradients)
+        fisher.diagonal(dim1=1, dim2=2).add_(damping)
+        self.inverse = torch.linalg.inv(fisher).to(gradients)
 
     def _blocks(self, x: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch blocks size"]:
         """Cut the last axis into blocks; zeros fill the last one, and change nothing in the others' results."""
@@ -143,12 +150,11 @@ class BlockInverseFisher:
     def ihvp(self, x: Float[Tensor, " d"]) -> Float[Tensor, " d"]:
         """``F⁻¹ x`` of the block-diagonal ``F``. Raises ValueError if ``x`` does not fit."""
         _check_vector("x", x, self.dim)
-        correction = self.v.mT @ (self.v @ self._blocks(x)[..., None] / self.q[..., None])
-        return x / self.damping - correction.flatten()[: self.dim]
+        return (self.inverse @ self._blocks(x)[..., None]).flatten()[: self.dim]
 
     def diagonal(self) -> Float[Tensor, " d"]:
         """The diagonal of ``F⁻¹``."""
-        return 1 / self.damping - (self.v.square() / self.q[..., None]).sum(-2).flatten()[: self.dim]
+        return self.inverse.diagonal(dim1=1, dim2=2).flatten()[: self.dim]
 
 
 class DynamicInverseFisher:
@@ -431,3 +437,47 @@ class MFAC(torch.optim.Optimizer):
             for p, piece in zip(params, pieces, strict=True):
                 p -= group["lr"] * piece.view_as(p)
         return loss
+
+
+def with_drops(
+    optimizer: Callable[..., torch.optim.Optimizer], at: Sequence[int], factor: float = 0.1
+) -> Callable[..., torch.optim.Optimizer]:
+    """An optimiser whose learning rate is multiplied by ``factor`` once each of the given numbers of steps is done.
+
+    The rate that others see, a scheduler or the loop of :func:`companion.training.fit`, is the one without drops.
+
+    Parameters
+    ----------
+    optimizer
+        The optimiser's class or a partial of it, called with ``params`` and ``lr``.
+    at
+        Numbers of steps in rising order; none leaves the optimiser as it is.
+    factor
+        What a drop multiplies the rate with.
+
+    Raises
+    ------
+    ValueError
+        If ``at`` does not rise or ``factor`` is not positive.
+    """
+    if list(at) != sorted(set(at)) or not factor > 0:
+        raise ValueError(f"at must rise and factor be positive, got at={list(at)} and {factor=}")
+
+    def build(params: Iterable, lr: float) -> torch.optim.Optimizer:
+        made, done, rates = optimizer(params, lr=lr), count(), []
+
+        def lower(*_: object) -> None:
+            scale = factor ** bisect_right(at, next(done))
+            rates[:] = [group["lr"] for group in made.param_groups]
+            for group in made.param_groups:
+                group["lr"] *= scale
+
+        def restore(*_: object) -> None:
+            for group, rate in zip(made.param_groups, rates, strict=True):
+                group["lr"] = rate
+
+        made.register_step_pre_hook(lower)
+        made.register_step_post_hook(restore)
+        return made
+
+    return build

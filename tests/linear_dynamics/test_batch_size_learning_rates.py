@@ -173,6 +173,18 @@ def test_flat_network_is_the_network():
     _, wide = flat_network(models.mlp([400, 300, 2], generator=generator()), generator(3))
     assert float(wide[:120_000].var()) == pytest.approx(1 / 400, rel=0.03)
     assert not wide[120_000:120_300].any()
+    _, wider = flat_network(models.mlp([400, 300, 2], generator=generator()), generator(3), gain=2.0)
+    torch.testing.assert_close(wider, 2**0.5 * wide)
+
+
+def test_a_gain_of_two_keeps_the_signal_of_a_deep_relu_network():
+    sizes = {}
+    for gain in (1.0, 2.0):
+        network = models.convnet(3, (64,) * 3, 10, generator=generator(), convolutions=(3, 3, 3))
+        forward, w = flat_network(network, generator(1), gain)
+        sizes[gain] = float(forward(w, random_matrix(8, 3, 16, 16, dtype=torch.float32)).std())
+    assert sizes[2.0] > 0.3
+    assert sizes[1.0] < 0.1 * sizes[2.0]  # nine ReLU layers halve the mean square nine times
 
 
 def test_matvec_and_top_eigenpairs_are_those_of_the_hessian():
@@ -183,6 +195,20 @@ def test_matvec_and_top_eigenpairs_are_those_of_the_hessian():
     values, vectors = top_eigenpairs(matvec, len(w), 4, generator())
     np.testing.assert_allclose(values, np.linalg.eigvalsh(matrix.numpy())[:-5:-1], atol=1e-5)
     torch.testing.assert_close(matrix @ vectors, vectors * values, rtol=0, atol=2e-4)
+
+
+@pytest.mark.parametrize("chunk_size", [1, 7, 20])
+def test_chunks_change_neither_products_nor_noise(chunk_size):
+    loss, w, X, y = small_network()
+    whole, parts = hessian_matvec(loss, w, X, y), hessian_matvec(loss, w, X, y, chunk_size)
+    for row in torch.eye(len(w))[:5]:
+        for _ in range(2):  # a product can be taken again
+            torch.testing.assert_close(parts(row), whole(row), rtol=1e-4, atol=1e-6)
+    values, vectors = top_eigenpairs(whole, len(w), 4, generator())
+    expected, noise = (curvature_noise(loss, w, X, y, values, vectors, size) for size in (20, chunk_size))
+    assert noise.c_total == pytest.approx(expected.c_total, rel=1e-4)
+    assert noise.coefficient == pytest.approx(expected.coefficient, rel=1e-4)
+    np.testing.assert_allclose(noise.c_j, expected.c_j, rtol=1e-3, atol=1e-7)
 
 
 def test_complete_lanczos_is_the_eigendecomposition():
@@ -291,6 +317,15 @@ def test_descend_diverges_beyond_two_over_the_curvature():
     steps = [(X, y)] * 50
     last = descend(squares, torch.ones(1, 2, 1), steps, lambda step, _: (rates, 0.0))[-1].abs().flatten()
     np.testing.assert_allclose(last, [0.99**50, 1.01**50], rtol=1e-4)
+
+
+def test_records_start_late_and_keep_what_is_asked_for():
+    steps = [(torch.ones(1, 1, 1), torch.zeros(1, 1))] * 7
+    options = dict(schedule=lambda step, _: (0.5, 0.0), record_every=2)
+    everything = descend(squares, torch.ones(1, 2, 1), steps, **options)
+    np.testing.assert_allclose(everything[:, 0, 0, 0], [1 / 4, 1 / 16, 1 / 64])
+    late = descend(squares, torch.ones(1, 2, 1), steps, **options, record_from=4, record=lambda w: w.sum(-1))
+    assert torch.equal(late, everything[1:].sum(-1))
 
 
 def test_the_schedule_sees_steps_and_parameters():

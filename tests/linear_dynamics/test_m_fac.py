@@ -2,6 +2,7 @@
 
 import copy
 import math
+from functools import partial
 
 import numpy as np
 import pytest
@@ -10,7 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.datasets import load_diabetes
 from sklearn.linear_model import Ridge
+from torch.func import functional_call
+from torch.nn.functional import cross_entropy
+from torch.nn.utils import parameters_to_vector
 
+from companion import models
 from companion.linear_dynamics.m_fac import (
     MFAC,
     BlockInverseFisher,
@@ -18,8 +23,9 @@ from companion.linear_dynamics.m_fac import (
     StaticInverseFisher,
     empirical_fisher_gradients,
     prune_one_shot,
-    sherman_morrison,
+    with_drops,
 )
+from companion.training import fit
 
 F64 = torch.float64
 
@@ -83,15 +89,6 @@ def test_products_solve_ridge_regression():
         np.testing.assert_allclose(inverse.ihvp(x).numpy(), expected, rtol=1e-10)
 
 
-def test_leading_axes_are_independent_problems():
-    gradients = random_matrix(3, 5, 8)
-    v, q = sherman_morrison(gradients, 0.3)
-    for k in range(3):
-        alone = StaticInverseFisher(gradients[k], 0.3)
-        close(v[k], alone.v, 1e-13)
-        close(q[k], alone.q, 1e-13)
-
-
 @settings(deadline=None, max_examples=25)
 @given(seed=st.integers(0, 2**31), m=st.integers(1, 9), d=st.integers(1, 12), damping=st.floats(1e-3, 10))
 def test_the_order_of_gradients_does_not_matter(seed, m, d, damping):
@@ -131,6 +128,14 @@ def test_blocks_invert_the_block_diagonal(block_size):
     inverse = BlockInverseFisher(gradients, damping, block_size)
     close(inverse.ihvp(x), dense @ x)
     close(inverse.diagonal(), dense.diagonal())
+
+
+def test_blocks_are_inverted_in_double_precision():
+    gradients, x = 30 * random_matrix(3, 11), random_matrix(11, seed=1)  # in float32, 1e-5 would drown in their squares
+    single = BlockInverseFisher(gradients.float(), 1e-5, 8)
+    expected = BlockInverseFisher(gradients.float().double(), 1e-5, 8)
+    assert single.ihvp(x.float()).dtype == single.diagonal().dtype == torch.float32
+    close(single.ihvp(x.float()).double(), expected.ihvp(x), 1e-5)
 
 
 # --- the window -------------------------------------------------------------------------------------------------------
@@ -202,6 +207,26 @@ def test_all_samples_average_to_the_full_gradient():
     x, y, w = random_matrix(12, 5), random_matrix(12, seed=1), random_matrix(5, seed=2)
     gradients = empirical_fisher_gradients(squared_error, w, x, y, 4, 3, generator())
     close(gradients.mean(0), x.mT @ (x @ w - y) / 12, 1e-12)
+
+
+def test_gradients_of_a_residual_network_are_those_of_autograd_at_its_running_statistics():
+    network = models.resnet(1, (2, 4), 1, 3, generator=generator()).double()
+    network(3 + random_matrix(32, 1, 8, 8))  # moves the running statistics away from 0 and 1
+    network.eval()
+    shapes = {name: p.shape for name, p in network.named_parameters()}
+
+    def loss(w, x, y):
+        pieces = w.split([shape.numel() for shape in shapes.values()])
+        named = {name: piece.view(shape) for (name, shape), piece in zip(shapes.items(), pieces, strict=True)}
+        return cross_entropy(functional_call(network, named, (x,)), y)
+
+    x, y = random_matrix(12, 1, 8, 8), torch.arange(12) % 3
+    w = parameters_to_vector(network.parameters()).detach()
+    gradients = empirical_fisher_gradients(loss, w, x, y, 3, 4, generator(5))
+    for row, batch in zip(gradients, torch.randperm(12, generator=generator(5)).view(3, 4), strict=True):
+        network.zero_grad()
+        cross_entropy(network(x[batch]), y[batch]).backward()
+        close(row, parameters_to_vector([p.grad for p in network.parameters()]), 1e-12)
 
 
 # --- pruning ----------------------------------------------------------------------------------------------------------
@@ -415,6 +440,42 @@ def test_a_saved_state_continues_the_run():
     assert all(torch.equal(a, b) for a, b in zip(advance(params, optimizer), advance(twins, twin), strict=True))
 
 
+# --- training at full scale -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("optimizer", [partial(torch.optim.SGD, momentum=0.9), torch.optim.Adam, MFAC])
+def test_drops_are_those_of_torchs_scheduler(optimizer):
+    ours, theirs = parameters(), parameters()
+    make = with_drops(optimizer, [3, 5])
+    reference = optimizer(theirs, lr=1e-3)
+    schedule = torch.optim.lr_scheduler.MultiStepLR(reference, [3, 5], 0.1)
+    fit(lambda step: loss_of(ours), ours, steps=8, lr=1e-3, optimizer=make)
+    for _ in range(8):
+        reference.zero_grad()
+        loss_of(theirs).backward()
+        reference.step()
+        schedule.step()
+    for one, other in zip(ours, theirs, strict=True):
+        close(one.detach(), other.detach(), 1e-13)
+
+
+def test_drops_multiply_a_schedule_and_none_changes_nothing():
+    cosine = [5e-4 * (1 + math.cos(math.pi * step / 4)) for step in range(4)]
+    for at, scale in (([2], [1, 1, 0.1, 0.1]), ([], [1, 1, 1, 1])):
+        w = torch.zeros(1, dtype=F64, requires_grad=True)
+        make = with_drops(torch.optim.SGD, at)
+        path = fit(  # with a slope of one, each step is as long as the rate
+            lambda step, w=w: w.sum(),
+            [w],
+            steps=4,
+            lr=1e-3,
+            optimizer=make,
+            cosine_to=0.0,
+            record=lambda w=w: {"w": w.clone()},
+        )["w"]
+        np.testing.assert_allclose(-path[:, 0].diff(), np.multiply(cosine, scale), rtol=1e-9)
+
+
 # --- what a reader can get wrong --------------------------------------------------------------------------------------
 
 G = random_matrix(4, 7)
@@ -463,6 +524,8 @@ X, Y = random_matrix(9, 7), random_matrix(9, seed=1)
         (lambda: MFAC(parameters(), momentum=1.0), "momentum"),
         (lambda: MFAC(parameters(), window=0), "window"),
         (lambda: MFAC(parameters(), damping=0.0), "damping"),
+        (lambda: with_drops(MFAC, [5, 3]), "at must"),
+        (lambda: with_drops(MFAC, [3], factor=0.0), "factor"),
     ],
 )
 def test_bad_input_is_named(call, name):

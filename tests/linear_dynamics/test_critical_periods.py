@@ -117,7 +117,7 @@ def test_a_time_does_not_depend_on_the_other_times():
 @pytest.mark.parametrize(
     ("case", "k_b"), [((5, 1.2, 0.3, 3), 0.0340216), ((2, 1, 0.5, 2), 0.4), ((10, 7, 0.1, 1), 1.55)]
 )
-def test_final_shares_of_the_specification(case, k_b):
+def test_final_shares_of_known_cases(case, k_b):
     assert final_shares(*case) == pytest.approx((case[0] - k_b, k_b), abs=5e-8)
 
 
@@ -140,7 +140,7 @@ def test_final_shares_add_up_and_follow_the_names(p_a, p_b, depth):
     assert final_shares(2.0, p_a, p_a, depth) == pytest.approx((1, 1), rel=1e-9)
 
 
-def test_final_shares_of_the_specification_s_table():
+def test_final_shares_of_a_table():
     table = {
         1: [0.451, 0.376, 0.251, 0.051],
         2: [0.0252, 0.0102, 0.0051, 0.0029],

@@ -102,7 +102,7 @@ def test_depth_times_learning_time_has_the_paper_s_limit(u0, uf):
     assert errors[1] < errors[0] / 50  # first order in 1/D
 
 
-def test_learning_times_of_the_specification():
+def test_learning_times_of_known_cases():
     values = [depth * learning_time(3, 0.1, 2.5, depth) for depth in (10, 100, 10_000)]
     assert values == pytest.approx([2.956, 3.659, 3.7520], abs=5e-4)
     assert learning_time(3, 0.1, 2.5, math.inf) == pytest.approx(3.7530, abs=5e-5)

@@ -129,7 +129,7 @@ def test_bias_has_the_asymptotic_form_to_second_order(depth):
     assert rest(2e-3) / rest(1e-3) == pytest.approx(4, abs=0.1)  # what is left is of second order
 
 
-def test_ratios_of_the_specification():
+def test_ratios_of_known_cases():
     def ratio(objective, depth):
         return critical_time(objective, 1, 0.6, 0.01, depth) / critical_time(objective, 1, 0.95, 0.01, depth)
 

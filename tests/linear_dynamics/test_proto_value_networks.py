@@ -102,7 +102,7 @@ def test_an_episode_ends_at_its_goal_or_after_sixty_steps():
         FourRooms((0, 0))
 
 
-def test_the_maze_is_the_one_of_the_specification():
+def test_the_maze_is_as_drawn():
     assert MAZE.n_states == 104
     assert torch.equal(P, P.mT)
     expected = torch.tensor([20, 18.03765, 17.71490, 15.78850, 8.50155, 7.48480, 7.27446], dtype=F64)
@@ -195,7 +195,7 @@ def test_linear_fit_error_is_that_of_a_regression_with_intercept():
     assert both.tolist() == pytest.approx([expected, 1])
 
 
-def test_singular_vectors_are_the_optimum_of_the_specification():
+def test_singular_vectors_are_the_optimum():
     psi = successor_representation(P, 0.95)
     sigma = torch.linalg.svdvals(psi)
     expected = (sigma[48:].square().sum() / sigma[1:].square().sum()).sqrt()  # the constant is the first

@@ -147,6 +147,13 @@ class AdaMixUp(nn.Module):
         Maps examples to one logit, positive for "real example"; None leaves its term out.
     stop_gradient
         Whether the classifier's loss on mixed examples is kept from the policy. The released code does not keep it.
+    terms
+        What the classifier is shown: clean examples (``"data"``), mixed ones (``"mix"``), or both.
+
+    Raises
+    ------
+    ValueError
+        If ``terms`` is empty or names anything else.
     """
 
     def __init__(
@@ -155,10 +162,13 @@ class AdaMixUp(nn.Module):
         policy: PolicyRegion | None = None,
         discriminator: nn.Module | None = None,
         stop_gradient: bool = True,
+        terms: tuple[str, ...] = ("data", "mix"),
     ) -> None:
         super().__init__()
+        if not terms or not set(terms) <= {"data", "mix"}:
+            raise ValueError(f"terms must name 'data', 'mix' or both, got {terms}")
         self.classifier, self.policy, self.discriminator = classifier, policy, discriminator
-        self.stop_gradient = stop_gradient
+        self.stop_gradient, self.terms = stop_gradient, terms
 
     def gamma(self, x1: Tensor, x2: Tensor, epsilon: Float[Tensor, "n 1"]) -> Float[Tensor, "n 1"]:
         """The mixing weights of pairs, for ``epsilon`` uniform in (0, 1)."""
@@ -173,7 +183,7 @@ class AdaMixUp(nn.Module):
         x_unseen: Float[Tensor, "m *features"],
         epsilon: Float[Tensor, "n 1"],
     ) -> dict[str, Float[Tensor, ""]]:
-        """The terms of the loss: ``data``, ``mix`` and, with a discriminator, ``intrusion``; AdaMixUp adds them up.
+        """The terms of the loss: those of ``terms`` and, with a discriminator, ``intrusion``; AdaMixUp adds them up.
 
         Parameters
         ----------
@@ -186,8 +196,11 @@ class AdaMixUp(nn.Module):
         """
         gamma = self.gamma(x1, x2, epsilon)
         heard = gamma.detach() if self.stop_gradient else gamma
-        clean, mixed = self.classifier(torch.cat([x1, _blend(x1, x2, heard)])).split(len(x1))
-        losses = {"data": F.cross_entropy(clean, y1), "mix": F.cross_entropy(mixed, _blend(y1, y2, heard))}
+        batches = {"data": (x1, y1), "mix": (_blend(x1, x2, heard), _blend(y1, y2, heard))}
+        # The classifier sees what it is trained on and nothing else: batch normalisation would take it in.
+        inputs, targets = zip(*(batches[term] for term in self.terms), strict=True)
+        logits = self.classifier(torch.cat(inputs)).split(len(x1))
+        losses = {term: F.cross_entropy(*pair) for term, *pair in zip(self.terms, logits, targets, strict=True)}
         if self.discriminator is not None:
             logits = self.discriminator(torch.cat([x1, x_unseen, _blend(x1, x2, gamma)]))[:, 0]
             real = torch.arange(len(logits), device=logits.device) < len(x1) + len(x_unseen)
@@ -326,6 +339,7 @@ def fit(
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
 
+    terms = {"erm": ("data",), "mixup": ("mix",)}.get(method, ("data", "mix"))
     members = []
     for seed in seeds:
         classifier, policy, discriminator = build(torch.Generator().manual_seed(seed))
@@ -333,14 +347,12 @@ def fit(
             policy = discriminator = None
         elif method == "no_discriminator":
             discriminator = None
-        members.append(AdaMixUp(classifier, policy, discriminator, method != "adamixup_joint").to(x.device))
+        members.append(AdaMixUp(classifier, policy, discriminator, method != "adamixup_joint", terms).to(x.device))
     parameters, buffers = stack_module_state(members)
-    terms = {"erm": ("data",), "mixup": ("mix",)}.get(method, ("data", "mix", "intrusion"))
 
     def member_loss(parameters: dict, buffers: dict, *batch: Tensor) -> Tensor:
         # A shared trunk is one module under two names. To tie them again would leave vmap's tensors behind in it.
-        losses = functional_call(members[0], (parameters, buffers), batch, tie_weights=False)
-        return sum(value for term, value in losses.items() if term in terms)
+        return sum(functional_call(members[0], (parameters, buffers), batch, tie_weights=False).values())
 
     generator = torch.Generator().manual_seed(seeds[0])
     labels = F.one_hot(y).to(x.dtype)

@@ -196,6 +196,23 @@ def test_without_a_policy_it_is_mixup():
     assert set(losses) == {"data", "mix"}
 
 
+@pytest.mark.parametrize(("method", "shown"), [("erm", [8]), ("mixup", [8]), ("mixup_clean", [16]), ("adamixup", [16])])
+def test_the_classifier_is_shown_what_it_trains_on_and_nothing_else(method, shown):
+    rows = []
+
+    class Spy(nn.Identity):
+        def forward(self, x):
+            rows.append(len(x))
+            return x
+
+    def build(g):
+        classifier, policy, discriminator = BUILD(g)
+        return nn.Sequential(Spy(), classifier), policy, discriminator
+
+    am.fit(method, X, Y, build, **small(steps=1))
+    assert rows == shown
+
+
 @pytest.mark.parametrize("kappa", [0.05, 0.3, 0.6])
 def test_the_floor_of_a_contradictory_label(kappa):
     label = np.array([kappa / 2, 1 - kappa, kappa / 2])
@@ -391,6 +408,8 @@ TWO = torch.zeros(2, 1)
         (lambda: am.mixup(LINE, EYE, torch.full((3,), torch.nan), torch.arange(3)), "gamma"),
         (lambda: am.PolicyRegion(0, generator=generator()), "d and hidden"),
         (lambda: am.PolicyRegion(2, 0, generator=generator()), "hidden"),
+        (lambda: am.AdaMixUp(nn.Identity(), terms=()), "terms"),
+        (lambda: am.AdaMixUp(nn.Identity(), terms=("intrusion",)), "terms"),
         (lambda: am.fit("cutmix", X, Y, BUILD, **small()), "method"),
         (lambda: am.fit("erm", X, Y[:, :5], BUILD, **small()), "x, y and seeds"),
         (lambda: am.fit("erm", X, Y, BUILD, **small(seeds=[0])), "seeds"),

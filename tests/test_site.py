@@ -106,6 +106,8 @@ def test_page_loads_alone_and_is_accessible(browser, address, name):
         assert found == []
 
     assert page.evaluate("document.documentElement.scrollWidth") <= 360
+    begins = "[...document.querySelectorAll('mjx-container')].map(e => e.getBoundingClientRect().left)"
+    assert min(page.evaluate(begins), default=0) >= 0, "the left end of a formula cannot be reached"
     context.close()
 
 

@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterable, Sequence
 
 import matplotlib as mpl
 import matplotlib.pyplot as plt
+import numpy as np
 from IPython.display import Markdown, display
 from matplotlib.figure import Figure
 from PIL import Image
@@ -82,7 +83,21 @@ def _svg(figure: Figure, prefix: str) -> str:
     svg = re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{prefix}-", svg)
     # A style sheet inside the SVG would style the whole page, and glyphs have no colour of their own: attributes do.
     svg = svg.replace("<svg ", '<svg fill="currentColor" stroke-linejoin="round" stroke-linecap="butt" ', 1)
+    svg = re.sub(r"(?<=data:image/png;base64,)[\sA-Za-z0-9+/=]+", lambda pixels: _paletted(pixels[0]), svg)
     return re.sub(r'\bd="[^"]*"', lambda path: re.sub(r"(\.\d)\d+", r"\1", path[0]), svg)
+
+
+def _paletted(png: str) -> str:
+    """The same picture with at most 256 colours, where that is lighter and no transparency is in the way."""
+    image, buffer = Image.open(io.BytesIO(base64.b64decode(png))).convert("RGBA"), io.BytesIO()
+    colours, index = np.unique(np.asarray(image).reshape(-1, 4), axis=0, return_inverse=True)
+    if len(colours) <= 256:
+        image = Image.fromarray(index.reshape(image.height, image.width).astype(np.uint8), "P")
+        image.putpalette(colours.tobytes(), "RGBA")
+    elif colours[:, 3].min() == 255:
+        image = image.convert("RGB").quantize(256, dither=Image.Dither.NONE)
+    image.save(buffer, "png", optimize=True)
+    return min(png, base64.b64encode(buffer.getvalue()).decode(), key=len)
 
 
 def _described(caption: str, alt: str) -> str:

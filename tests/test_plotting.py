@@ -3,6 +3,7 @@
 import base64
 import io
 import itertools
+import re
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -146,3 +147,27 @@ def test_bad_input_is_named():
     plt.close(figure)
     with pytest.raises(ValueError, match="got 2 labels for 1 figures"):
         plotting.show_slider([a_figure()], ["a", "b"], name="case", caption="A line.", alt="A line.")
+
+
+def test_pixels_inside_a_figure_keep_their_colours_in_a_palette(shown):
+    figure, axes = plt.subplots(figsize=(2, 2))
+    values = np.linspace(0, 1, 64).reshape(8, 8)
+    axes.imshow(values, cmap="viridis", interpolation="nearest")
+    plotting.show(figure, caption="Pixels.", alt="Pixels.")
+    (picture,) = re.findall(r"data:image/png;base64,([^\"]+)", shown[0]["text/html"])
+    image = Image.open(io.BytesIO(base64.b64decode(picture)))
+    assert image.mode == "P"
+    kept = {tuple(colour) for colour in np.asarray(image.convert("RGBA"))[..., :3].reshape(-1, 3).tolist()}
+    assert {tuple(colour) for colour in plt.cm.viridis(values.ravel(), bytes=True)[:, :3].tolist()} <= kept
+
+
+def test_many_colours_of_a_figure_become_256_close_ones():
+    generator = np.random.default_rng(0)
+    smooth = np.linspace(0, 255, 40 * 40).reshape(40, 40, 1) + generator.uniform(-5, 5, (40, 40, 3))
+    pixels = smooth.clip(0, 255).astype(np.uint8)
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "png")
+    png = base64.b64encode(buffer.getvalue()).decode()
+    image = Image.open(io.BytesIO(base64.b64decode(plotting._paletted(png))))
+    assert image.mode == "P"
+    assert abs(np.asarray(image.convert("RGB")).astype(int) - pixels).max() <= 16

@@ -14,7 +14,7 @@ from tempfile import TemporaryDirectory
 import numpy as np
 import pooch
 import torch
-from jaxtyping import Float, Int, UInt8
+from jaxtyping import Float, Int, Num, Shaped, UInt8
 from PIL import Image
 from sklearn.datasets import fetch_openml, get_data_home, load_digits
 from torch import Tensor
@@ -142,27 +142,42 @@ def images(name: str) -> tuple[Float[Tensor, "n channels height width"], Int[Ten
         return enlarged.repeat(1, shape[0], 1, 1), labels
     if name == "cifar100":
         return _cifar100()
+    pixels, labels = table(name, data_id, np.uint8)
+    return torch.from_numpy(pixels.reshape(-1, *shape)).float() / 255, torch.from_numpy(labels.astype(np.int64))
+
+
+def table(name: str, data_id: int, dtype: type = np.float32) -> tuple[Num[np.ndarray, "n d"], Shaped[np.ndarray, " n"]]:
+    """Numeric features and labels (as text) of a data set of OpenML, downloaded once and kept as a whole.
+
+    Parameters
+    ----------
+    name
+        Name of the data set, for the kept file and the error.
+    data_id
+        Its number on OpenML.
+    dtype
+        Of the features.
+
+    Raises
+    ------
+    DataUnavailable
+        If the data set cannot be had; a download that breaks off leaves nothing behind.
+    """
     folder = Path(get_data_home())
     kept = folder / f"linear_lens_{name}.npz"
     if not kept.exists():
         # Downloaded and parsed in a folder of its own, then moved as a whole: nothing half-written can stay.
         with TemporaryDirectory(dir=folder) as fresh:
-            pixels, labels = _download(name, data_id, fresh)
-            np.savez(Path(fresh, kept.name), pixels=pixels.astype(np.uint8), labels=labels.astype(np.int64))
+            try:
+                x, y = fetch_openml(
+                    data_id=data_id, data_home=fresh, as_frame=False, parser="pandas", return_X_y=True, n_retries=1
+                )
+            except Exception as error:  # scikit-learn passes on what the network, the server and the file raise
+                raise _unavailable(f"{name!r} (OpenML {data_id})", error) from error
+            np.savez(Path(fresh, kept.name), x=x.astype(dtype), y=y.astype(str))
             os.replace(Path(fresh, kept.name), kept)
     with np.load(kept) as arrays:
-        x = torch.from_numpy(arrays["pixels"].reshape(-1, *shape)).float() / 255
-        return x, torch.from_numpy(arrays["labels"])
-
-
-def _download(name: str, data_id: int, folder: str) -> tuple[np.ndarray, np.ndarray]:
-    """Pixels and labels of an OpenML data set."""
-    try:
-        return fetch_openml(
-            data_id=data_id, data_home=folder, as_frame=False, parser="pandas", return_X_y=True, n_retries=1
-        )
-    except Exception as error:  # scikit-learn passes on what the network, the server and the file raise
-        raise _unavailable(f"{name!r} (OpenML {data_id})", error) from error
+        return arrays["x"], arrays["y"]
 
 
 def _unavailable(what: str, error: Exception) -> DataUnavailable:

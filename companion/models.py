@@ -10,8 +10,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 
-def _initialised(layer: nn.Linear | nn.Conv2d, generator: torch.Generator) -> nn.Module:
-    """PyTorch's default initialisation, uniform in ±1/sqrt(fan-in), drawn from ``generator``."""
+def initialised(layer: nn.Module, generator: torch.Generator) -> nn.Module:
+    """The layer with PyTorch's default weights, uniform in ±1/sqrt(fan-in), drawn from ``generator``."""
     limit = layer.weight[0].numel() ** -0.5
     for parameter in layer.parameters():
         nn.init.uniform_(parameter, -limit, limit, generator=generator)
@@ -51,7 +51,7 @@ def mlp(
     layers: list[nn.Module] = []
     for n_in, n_out in pairwise(sizes):
         linear = nn.utils.skip_init(nn.Linear, n_in, n_out, bias=bias, dtype=dtype)
-        layers += [_initialised(linear, generator), *([activation()] if activation else [])]
+        layers += [initialised(linear, generator), *([activation()] if activation else [])]
     return nn.Sequential(*layers[: -1 if activation else None])
 
 
@@ -59,7 +59,7 @@ def _convolution(
     n_in: int, n_out: int, size: int, generator: torch.Generator, *, stride: int = 1, bias: bool = True
 ) -> nn.Module:
     layer = nn.utils.skip_init(nn.Conv2d, n_in, n_out, size, stride=stride, padding=size // 2, bias=bias)
-    return _initialised(layer, generator)
+    return initialised(layer, generator)
 
 
 def convnet(
@@ -102,7 +102,7 @@ def convnet(
             layers += [_convolution(width if k else n_in, width, 3, generator), nn.ReLU()]
         layers.append(nn.MaxPool2d(2))
     head = nn.utils.skip_init(nn.Linear, widths[-1], n_out)
-    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), _initialised(head, generator))
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), initialised(head, generator))
 
 
 class _Block(nn.Module):
@@ -170,4 +170,4 @@ def resnet(
             layers.append(_Block(n_in, width, 2 if stage and not block else 1, norm, generator))
             n_in = width
     head = nn.utils.skip_init(nn.Linear, n_in, n_out)
-    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), _initialised(head, generator))
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), initialised(head, generator))

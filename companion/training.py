@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from copy import deepcopy
 
 import torch
 from jaxtyping import Float, Int
@@ -105,20 +106,41 @@ class Ensemble:
 
     Parameters
     ----------
-    members
-        The networks, one per seed. Their parameters are copied into ``parameters``, with a first axis over members.
+    networks
+        One per seed. Their parameters and buffers are copied into ``parameters`` and ``buffers``, with a first axis
+        over members; a tensor that two layers share stays shared.
+
+    Raises
+    ------
+    ValueError
+        If there is no network.
     """
 
-    def __init__(self, members: Sequence[nn.Module]) -> None:
-        if not members:
-            raise ValueError("members is empty; an ensemble needs at least one network")
-        self.parameters, self._buffers = stack_module_state(list(members))
-        self._architecture = members[0]
+    def __init__(self, networks: Sequence[nn.Module]) -> None:
+        if not networks:
+            raise ValueError("networks is empty; an ensemble needs at least one network")
+        self.parameters, self.buffers = stack_module_state(list(networks))
+        self._architecture = networks[0]
+
+    def _one(self, parameters: dict[str, Tensor], buffers: dict[str, Tensor], x: Tensor) -> Tensor:
+        return functional_call(self._architecture, (parameters, buffers), (x,))
 
     def __call__(self, x: Float[Tensor, "n *features"]) -> Float[Tensor, "members n *outputs"]:
         """Outputs of every member for the same inputs."""
+        return torch.vmap(self._one, in_dims=(0, 0, None))(self.parameters, self.buffers, x)
 
-        def one(parameters: dict[str, Tensor], buffers: dict[str, Tensor]) -> Tensor:
-            return functional_call(self._architecture, (parameters, buffers), (x,))
+    def each(self, x: Float[Tensor, "members n *features"]) -> Float[Tensor, "members n *outputs"]:
+        """Outputs of every member for inputs of its own."""
+        return torch.vmap(self._one)(self.parameters, self.buffers, x)
 
-        return torch.vmap(one)(self.parameters, self._buffers)
+    def train(self, mode: bool = True) -> None:
+        """Put all members into training mode, or into evaluation mode."""
+        self._architecture.train(mode)
+
+    def members(self) -> list[nn.Module]:
+        """Copies of the networks with their present parameters and buffers."""
+        copies = [deepcopy(self._architecture) for _ in next(iter(self.parameters.values()))]
+        for k, network in enumerate(copies):
+            state = {name: value[k].detach() for name, value in {**self.parameters, **self.buffers}.items()}
+            network.load_state_dict(state, strict=False)  # a shared tensor has one name here and several there
+        return copies

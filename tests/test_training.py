@@ -1,12 +1,14 @@
 """The training loop against closed forms, and ensembles against networks trained alone."""
 
 import math
+from copy import deepcopy
 from functools import partial
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import nn
 
 from companion import models, training
 
@@ -67,6 +69,23 @@ def test_ensemble_trains_each_member_as_if_it_were_alone(generator):
         torch.testing.assert_close(ensemble(x)[seed], alone(x))
 
 
+def test_members_see_inputs_of_their_own_and_leave_the_ensemble_as_copies(generator):
+    networks = [
+        nn.Sequential(models.mlp([3, 4], generator=torch.Generator().manual_seed(seed)), nn.BatchNorm1d(4))
+        for seed in range(2)
+    ]
+    ensemble, alone = training.Ensemble(deepcopy(networks)), networks[1]
+    x = torch.randn(2, 10, 3, generator=generator)
+    ensemble.train()
+    torch.testing.assert_close(ensemble.each(x)[1], alone.train()(x[1]))
+    ensemble.train(False)
+    torch.testing.assert_close(ensemble.each(x)[1], alone.eval()(x[1]))  # with the statistics that training left
+    copy = ensemble.members()[1]
+    torch.testing.assert_close(copy(x[1]), alone(x[1]))
+    copy[0][0].weight.data.zero_()
+    torch.testing.assert_close(ensemble.each(x)[1], alone(x[1]))
+
+
 @given(st.integers(1, 40), st.data())
 def test_an_epoch_of_minibatches_holds_each_sample_at_most_once(n_samples, data):
     batch_size = data.draw(st.integers(1, n_samples))
@@ -86,5 +105,5 @@ def test_bad_input_is_named():
         training.fit(lambda step: (x**4).sum(), [x], steps=100, lr=10, optimizer=torch.optim.SGD)
     with pytest.raises(ValueError, match="batch_size must be between 1 and n_samples=5, got 6"):
         next(training.minibatches(5, 6, torch.Generator()))
-    with pytest.raises(ValueError, match="members is empty"):
+    with pytest.raises(ValueError, match="networks is empty"):
         training.Ensemble([])

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim.lr_scheduler import LRScheduler
 
-from companion import training
+from companion import models, training
 
 Pairs = list[tuple[Float[Tensor, "n 1 h w"], Float[Tensor, "n 1 sh sw"]]]  # batches: small images, true large ones
 
@@ -183,13 +183,10 @@ class CollapsibleLinearBlock(nn.Module):
             raise ValueError(f"mode must be 'collapsed' or 'expanded', got {mode!r}")
         if residual and in_channels != out_channels:
             raise ValueError(f"residual=True needs equal numbers of channels, got {in_channels=}, {out_channels=}")
-        self.expand = nn.utils.skip_init(nn.Conv2d, in_channels, r, kernel_size, padding=kernel_size // 2)
-        self.project = nn.utils.skip_init(nn.Conv2d, r, out_channels, 1)
+        expand = nn.utils.skip_init(nn.Conv2d, in_channels, r, kernel_size, padding=kernel_size // 2)
+        project = nn.utils.skip_init(nn.Conv2d, r, out_channels, 1)
+        self.expand, self.project = (models.initialised(conv, generator) for conv in (expand, project))
         self.expansion, self.residual, self.mode = expansion, residual, mode
-        for conv in (self.expand, self.project):
-            limit = conv.weight[0].numel() ** -0.5
-            for parameter in conv.parameters():
-                nn.init.uniform_(parameter, -limit, limit, generator=generator)
         if expansion is None:
             nn.init.dirac_(self.project.weight)
             nn.init.zeros_(self.project.bias)

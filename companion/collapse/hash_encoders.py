@@ -13,6 +13,8 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from copy import deepcopy
+from functools import partial
+from itertools import count
 
 import numpy as np
 import torch
@@ -24,8 +26,6 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.metrics.cluster import contingency_matrix
 from sklearn.neighbors import KNeighborsClassifier
 from torch import Tensor, nn
-from torch.func import functional_call, stack_module_state
-from tqdm import trange
 
 from companion import models, training
 
@@ -343,7 +343,7 @@ def train(
 
     Notes
     -----
-    Source: settings of the authors' code, but for its early stopping. ``training.fit`` has no steps in the rate.
+    Source: settings of the authors' code, but for its early stopping.
     """
     if not nets or len(nets) != len(x) or x.shape[:2] != y.shape:
         raise ValueError(f"x and y must hold one sample per net, got {len(nets)} nets, {x.shape=} and {y.shape=}")
@@ -355,32 +355,39 @@ def train(
         raise ValueError(
             f"weight_decay must not be negative and batch_size at least 2, got {weight_decay=}, {batch_size=}"
         )
-    parameters, buffers = stack_module_state(list(nets))
-    architecture = deepcopy(nets[0]).train()
-    forward = torch.vmap(lambda p, b, batch: functional_call(architecture, (p, b), (batch,)))
-    update = torch.optim.Adam(parameters.values(), lr=0.01, weight_decay=weight_decay, fused=True)
-    schedule = torch.optim.lr_scheduler.StepLR(update, step_size=20, gamma=0.1)
     n_samples = x.shape[1]
     batch_size = min(batch_size, n_samples)
-    batches = training.minibatches(n_samples, batch_size, generator)
+    per_epoch = n_samples // batch_size
+    ensemble = training.Ensemble(deepcopy(list(nets)))
+    batches, finished = training.minibatches(n_samples, batch_size, generator), count()
+    kept: dict[int, list[nn.Module]] = {}
 
-    def snapshot() -> list[nn.Module]:
-        copies = deepcopy(list(nets))
-        for member, net in enumerate(copies):
-            net.load_state_dict({name: value[member] for name, value in (parameters | buffers).items()})
-        return [net.eval() for net in copies]
-
-    kept = {0: snapshot()} if epochs[0] == 0 else {}
-    for epoch in trange(1, epochs[-1] + 1, leave=False):
-        for _ in range(n_samples // batch_size):
-            rows = next(batches).to(x.device)
-            update.zero_grad()
-            logits = forward(parameters, buffers, x[:, rows])
-            # The sum over members of their mean losses: Adam then treats each member as if it were alone.
-            total = nn.functional.cross_entropy(logits.flatten(0, 1), y[:, rows].flatten(), reduction="sum")
-            (total / batch_size).backward()
-            update.step()
-        schedule.step()
+    def snapshot(epoch: int) -> None:
         if epoch in epochs:
-            kept[epoch] = snapshot()
+            kept[epoch] = [net.eval() for net in ensemble.members()]
+
+    def loss(_: int) -> Float[Tensor, ""]:
+        rows = next(batches).to(x.device)
+        logits = ensemble.each(x[:, rows])
+        total = nn.functional.cross_entropy(logits.flatten(0, 1), y[:, rows].flatten(), reduction="sum")
+        return total / batch_size  # the sum over members of their mean losses
+
+    def record() -> dict[str, Tensor]:
+        if epoch := next(finished):  # the first record is made when the statistics have already seen a batch
+            snapshot(epoch)
+        return {}
+
+    snapshot(0)
+    if epochs[-1]:
+        ensemble.train()
+        training.fit(
+            loss,
+            ensemble.parameters.values(),
+            steps=epochs[-1] * per_epoch,
+            lr=0.01,
+            optimizer=partial(torch.optim.Adam, weight_decay=weight_decay, fused=True),
+            schedule=partial(torch.optim.lr_scheduler.StepLR, step_size=20 * per_epoch, gamma=0.1),
+            record=record,
+            record_every=per_epoch,
+        )
     return kept

@@ -18,6 +18,8 @@ from skimage.metrics import structural_similarity
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from companion import models
+
 SLOPE = 0.05  # of φ
 _LUMA = (65.481 / 255, 128.553 / 255, 24.966 / 255)  # ITU-R BT.601
 _WINDOW = 11  # side of the Gaussian window of SSIM, in pixels
@@ -31,10 +33,7 @@ def _check_images(name: str, x: Tensor) -> None:
 def _conv(n_in: int, n_out: int, size: int, generator: torch.Generator, stride: int = 1) -> nn.Conv2d:
     """A convolution with "same" padding and PyTorch's default weights, uniform in ±1/sqrt(fan-in)."""
     layer = nn.utils.skip_init(nn.Conv2d, n_in, n_out, size, stride=stride, padding=size // 2)
-    limit = (n_in * size**2) ** -0.5
-    for parameter in layer.parameters():
-        nn.init.uniform_(parameter, -limit, limit, generator=generator)
-    return layer
+    return models.initialised(layer, generator)
 
 
 def channel_contrast(x: Float[Tensor, "n c h w"], eps: float = 0.0) -> Float[Tensor, "n c 1 1"]:

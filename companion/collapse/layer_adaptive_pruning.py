@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional as F
 
-from companion import training
+from companion import models, training
 
 Counts = list[int]
 Weights = dict[str, Tensor]  # parameters by their names, "<layer>.weight"
@@ -386,7 +386,6 @@ def digit_cnn(*, generator: torch.Generator) -> nn.Sequential:
         )
     network = network.to_empty(device="cpu")
     for layer in network:
-        for parameter in layer.parameters():
-            limit = layer.weight[0].numel() ** -0.5
-            nn.init.uniform_(parameter, -limit, limit, generator=generator)
+        if isinstance(layer, nn.Conv2d | nn.Linear):
+            models.initialised(layer, generator)
     return network

@@ -10,7 +10,6 @@ are a linear map ``W``, without bias, of the squared distances between ``z`` and
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from copy import deepcopy
 from functools import partial
 from itertools import pairwise
 from typing import NamedTuple
@@ -18,7 +17,6 @@ from typing import NamedTuple
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from torch.func import functional_call, stack_module_state
 from torch.nn import functional as F
 
 from companion import models, training
@@ -96,9 +94,7 @@ def conv_autoencoder(
         back = nn.utils.skip_init(nn.ConvTranspose2d, n_out, n_in, **options, output_padding=missing)
         up = [back, nn.ReLU(), *up]
     for layer in (*down[::2], *up[::2]):
-        for parameter in layer.parameters():
-            limit = layer.weight[0].numel() ** -0.5
-            nn.init.uniform_(parameter, -limit, limit, generator=generator)
+        models.initialised(layer, generator)
     code_shape = (widths[-1], *sizes[-1])
     return (
         nn.Sequential(*down[:-1], nn.Flatten()),
@@ -327,8 +323,7 @@ def train_networks(
         raise ValueError(f"epochs and record_every must be positive, got {epochs=} and {record_every=}")
     if not 1 <= batch_size <= n:
         raise ValueError(f"batch_size must be between 1 and the {n} images of a data set, got {batch_size}")
-    parameters, _ = stack_module_state(list(networks))
-    forward = torch.vmap(lambda member, batch: functional_call(networks[0], member, (batch,)))
+    ensemble = training.Ensemble(networks)
     order = [training.minibatches(n, batch_size, generator) for _ in range(seeds)]
     data_set = torch.arange(seeds, device=x.device)[:, None]
     learner = torch.arange(len(networks), device=x.device) % seeds
@@ -336,22 +331,19 @@ def train_networks(
     def step_loss(_: int) -> Float[Tensor, " members"]:
         rows = torch.stack([next(stream) for stream in order]).to(x.device)
         batch, labels = augment(x[data_set, rows])[learner], y[data_set, rows][learner]
-        return loss(forward(parameters, batch), batch, labels)
+        return loss(ensemble.each(batch), batch, labels)
 
     history = training.fit(
         step_loss,
-        parameters.values(),
+        ensemble.parameters.values(),
         steps=epochs * (n // batch_size),
         lr=lr,
         optimizer=partial(torch.optim.Adam, fused=True),
         cosine_to=0.0,
-        record=lambda: {name: value.detach().clone() for name, value in parameters.items()},
+        record=lambda: {name: value.detach().clone() for name, value in ensemble.parameters.items()},
         record_every=record_every * (n // batch_size),
     )
-    trained = [deepcopy(network) for network in networks]
-    for k, network in enumerate(trained):
-        network.load_state_dict({name: history[name][-1, k] for name in parameters})
-    return trained, history
+    return ensemble.members(), history
 
 
 class Explanation(NamedTuple):

@@ -11,8 +11,7 @@ batch axes (runs, seeds), and none changes its arguments.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Sequence
-from copy import deepcopy
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Literal
 
@@ -20,7 +19,6 @@ import torch
 from jaxtyping import Bool, Float, Int
 from sklearn import datasets
 from torch import Tensor, nn
-from torch.func import functional_call, stack_module_state
 from torch.nn import functional as F
 
 from companion import data, models, training
@@ -290,53 +288,23 @@ def train_xor(
     return outcome | dict(zip(("alpha", "beta", "theta"), (s.detach().flatten() for s in scalars), strict=True))
 
 
-class SideBySide:
-    """Networks of one architecture, each with inputs of its own, trained and evaluated together.
+def fit_classifiers(
+    ensemble: training.Ensemble, batches: Iterator[tuple[Tensor, Tensor]], **settings: object
+) -> training.History:
+    """Train on batches ``(x, y)`` with a first axis over seeds, by cross-entropy; ends in evaluation mode.
 
-    Parameters
-    ----------
-    networks
-        One per seed; their parameters are copied, shared ones stay shared.
-
-    Raises
-    ------
-    ValueError
-        If there is no network.
+    ``settings`` go to :func:`companion.training.fit`.
     """
 
-    def __init__(self, networks: Sequence[nn.Module]) -> None:
-        if not networks:
-            raise ValueError("networks is empty; at least one is needed")
-        self.parameters, self.buffers = stack_module_state(list(networks))
-        self._architecture = networks[0]
+    def loss(_: int) -> Float[Tensor, " seeds"]:
+        x, y = next(batches)
+        logits = ensemble.each(x).flatten(0, -2)
+        return F.cross_entropy(logits, y.flatten(), reduction="none").view(len(y), -1).mean(1)
 
-    def __call__(self, x: Float[Tensor, "seeds n *features"]) -> Float[Tensor, "seeds n *outputs"]:
-        """Outputs of every network for its own inputs."""
-
-        def one(parameters: dict[str, Tensor], buffers: dict[str, Tensor], x: Tensor) -> Tensor:
-            return functional_call(self._architecture, (parameters, buffers), (x,))
-
-        return torch.vmap(one)(self.parameters, self.buffers, x)
-
-    def member(self, number: int) -> nn.Module:
-        """A copy of the network of one seed, with its present parameters."""
-        network = deepcopy(self._architecture)
-        state = {name: value[number].detach() for name, value in (self.parameters | self.buffers).items()}
-        network.load_state_dict(state, strict=False)  # not strict: a shared tensor has one name here, several there
-        return network
-
-    def fit(self, batches: Iterator[tuple[Tensor, Tensor]], **settings: object) -> training.History:
-        """Train on batches ``(x, y)`` with a first axis over seeds, by cross-entropy; see :func:`training.fit`."""
-
-        def loss(_: int) -> Float[Tensor, " seeds"]:
-            x, y = next(batches)
-            logits = self(x).flatten(0, -2)
-            return F.cross_entropy(logits, y.flatten(), reduction="none").view(len(y), -1).mean(1)
-
-        self._architecture.train()
-        history = training.fit(loss, self.parameters.values(), **settings)
-        self._architecture.eval()
-        return history
+    ensemble.train()
+    history = training.fit(loss, ensemble.parameters.values(), **settings)
+    ensemble.train(False)
+    return history
 
 
 def image_batches(

@@ -11,9 +11,7 @@ vectors, because PyTorch's FLOP counter sees only the former.
 
 from __future__ import annotations
 
-from bisect import bisect_right
 from collections.abc import Callable, Iterable, Sequence
-from itertools import count
 
 import torch
 from jaxtyping import Bool, Float
@@ -437,47 +435,3 @@ class MFAC(torch.optim.Optimizer):
             for p, piece in zip(params, pieces, strict=True):
                 p -= group["lr"] * piece.view_as(p)
         return loss
-
-
-def with_drops(
-    optimizer: Callable[..., torch.optim.Optimizer], at: Sequence[int], factor: float = 0.1
-) -> Callable[..., torch.optim.Optimizer]:
-    """An optimiser whose learning rate is multiplied by ``factor`` once each of the given numbers of steps is done.
-
-    The rate that others see, a scheduler or the loop of :func:`companion.training.fit`, is the one without drops.
-
-    Parameters
-    ----------
-    optimizer
-        The optimiser's class or a partial of it, called with ``params`` and ``lr``.
-    at
-        Numbers of steps in rising order; none leaves the optimiser as it is.
-    factor
-        What a drop multiplies the rate with.
-
-    Raises
-    ------
-    ValueError
-        If ``at`` does not rise or ``factor`` is not positive.
-    """
-    if list(at) != sorted(set(at)) or not factor > 0:
-        raise ValueError(f"at must rise and factor be positive, got at={list(at)} and {factor=}")
-
-    def build(params: Iterable, lr: float) -> torch.optim.Optimizer:
-        made, done, rates = optimizer(params, lr=lr), count(), []
-
-        def lower(*_: object) -> None:
-            scale = factor ** bisect_right(at, next(done))
-            rates[:] = [group["lr"] for group in made.param_groups]
-            for group in made.param_groups:
-                group["lr"] *= scale
-
-        def restore(*_: object) -> None:
-            for group, rate in zip(made.param_groups, rates, strict=True):
-                group["lr"] = rate
-
-        made.register_step_pre_hook(lower)
-        made.register_step_post_hook(restore)
-        return made
-
-    return build

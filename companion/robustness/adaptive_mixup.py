@@ -269,9 +269,8 @@ def resnets(channels: int, n_classes: int, width: int, generator: torch.Generato
         ]
         net = nn.Sequential(_conv(channels, width, 3), *blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten())
         for layer in net.modules():
-            if isinstance(layer, nn.Conv2d):  # PyTorch's default, from our generator
-                limit = layer.weight[0].numel() ** -0.5
-                nn.init.uniform_(layer.weight, -limit, limit, generator=generator)
+            if isinstance(layer, nn.Conv2d):
+                models.initialised(layer, generator)
         return net
 
     shared, d = trunk(), widths[-1]

@@ -11,13 +11,9 @@ widths ``d_1, ..., d_n``. All norms are Euclidean, and σ acts on each entry wit
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Callable, Sequence
-from copy import deepcopy
 from functools import partial
 from itertools import pairwise
-from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Literal
 
 import numpy as np
@@ -25,7 +21,7 @@ import torch
 from jaxtyping import Float, Int
 from sklearn import datasets
 from torch import Tensor, nn
-from torch.func import functional_call, jacrev, stack_module_state
+from torch.func import jacrev
 from torch.linalg import cholesky, solve_triangular
 from torch.nn import functional as F
 
@@ -642,31 +638,24 @@ def train(
         raise ValueError(
             f"x and y must hold samples for each of {len(members)} members, got {tuple(x.shape)} and {tuple(y.shape)}"
         )
-    parameters, _ = stack_module_state(list(members))
-
-    def forward(inputs: Tensor) -> Tensor:
-        return torch.vmap(lambda p, z: functional_call(members[0], p, (z,)))(parameters, inputs)
-
+    ensemble = training.Ensemble(members)
     batches = training.minibatches(x.shape[1], batch_size, generator)
 
     def batch_loss(_: int) -> Tensor:
         rows = next(batches)
-        return loss(forward(x[:, rows]), y[:, rows])
+        return loss(ensemble.each(x[:, rows]), y[:, rows])
 
     history = training.fit(
         batch_loss,
-        parameters.values(),
+        ensemble.parameters.values(),
         steps=steps,
         lr=lr,
         optimizer=partial(torch.optim.Adam, fused=True),
         cosine_to=0.0,
-        record=None if record is None else lambda: record(forward),
+        record=None if record is None else lambda: record(ensemble.each),
         record_every=record_every,
     )
-    trained = [deepcopy(member) for member in members]
-    for k, member in enumerate(trained):
-        member.load_state_dict({name: value[k].detach() for name, value in parameters.items()})
-    return trained, history
+    return ensemble.members(), history
 
 
 def checkerboard(n: int, rng: np.random.Generator) -> tuple[Float[Tensor, "n 2"], Int[Tensor, " n"]]:
@@ -714,25 +703,5 @@ def uci(name: str) -> tuple[Float[Tensor, "n d"], Int[Tensor, " n"]]:
     if name in _BUNDLED or runtime.profile() == "smoke":
         x, y = _BUNDLED.get(name, datasets.load_iris)(return_X_y=True)
         return torch.tensor(x).float(), torch.tensor(y)
-    kept = Path(datasets.get_data_home(), f"linear_lens_uci_{name}.npz")
-    if not kept.exists():
-        with TemporaryDirectory(dir=kept.parent) as folder:  # moved as a whole, so that nothing half-written can stay
-            try:
-                x, y = datasets.fetch_openml(
-                    data_id=_OPENML[name],
-                    data_home=folder,
-                    as_frame=False,
-                    parser="pandas",
-                    return_X_y=True,
-                    n_retries=1,
-                )
-            except Exception as error:  # scikit-learn passes on what the network, the server and the file raise
-                raise data.DataUnavailable(
-                    f"the data set {name!r} (OpenML {_OPENML[name]}) could not be downloaded: {error}. Connect to the "
-                    "internet, or set BOOK_PROFILE=book, which needs no download."
-                ) from error
-            labels = np.unique(y, return_inverse=True)[1]
-            np.savez(Path(folder, kept.name), x=x.astype(np.float32), y=labels.astype(np.int64))
-            os.replace(Path(folder, kept.name), kept)
-    with np.load(kept) as arrays:
-        return torch.from_numpy(arrays["x"]), torch.from_numpy(arrays["y"])
+    x, y = data.table(f"uci_{name}", _OPENML[name])
+    return torch.from_numpy(x), torch.from_numpy(np.unique(y, return_inverse=True)[1])

@@ -12,13 +12,13 @@ from sklearn.metrics import jaccard_score
 from torch import nn
 from torch.nn import functional as F
 
-from companion import data, models
+from companion import data, models, training
 from companion.interpretability import tversky_networks as tn
 from companion.interpretability.tversky_networks import (
     Decoder,
-    SideBySide,
     TverskyProjection,
     descriptions,
+    fit_classifiers,
     image_batches,
     penn_treebank,
     prototype_attribution,
@@ -282,8 +282,8 @@ def test_networks_side_by_side_train_as_if_alone():
     x = torch.randn(2, 30, 4, generator=generator(1), dtype=torch.float64)
     y = torch.randint(3, (2, 30), generator=generator(2))
     networks = [TverskyProjection(4, 3, 6, generator=generator(seed)).double() for seed in range(2)]
-    together = SideBySide(networks)
-    together.fit(image_batches(x, y, 10, generator(5)), steps=15, lr=0.01, optimizer=torch.optim.SGD)
+    together = training.Ensemble(networks)
+    fit_classifiers(together, image_batches(x, y, 10, generator(5)), steps=15, lr=0.01, optimizer=torch.optim.SGD)
     batches = image_batches(x, y, 10, generator(5))
     update = torch.optim.SGD(networks[1].parameters(), lr=0.01)
     for _ in range(15):
@@ -291,8 +291,7 @@ def test_networks_side_by_side_train_as_if_alone():
         update.zero_grad()
         F.cross_entropy(networks[1](x_batch[1]), y_batch[1]).backward()
         update.step()
-    torch.testing.assert_close(together(x)[1], networks[1](x[1]))
-    torch.testing.assert_close(together.member(1)(x[1]), together(x)[1])
+    torch.testing.assert_close(together.each(x)[1], networks[1](x[1]))
 
 
 def test_image_batches_pair_inputs_with_labels_and_augment():
@@ -301,8 +300,6 @@ def test_image_batches_pair_inputs_with_labels_and_augment():
     assert torch.equal(-inputs[..., 0], labels.float())
     with pytest.raises(ValueError, match="batch_size"):
         next(image_batches(x, x[..., 0].long(), 11, generator()))
-    with pytest.raises(ValueError, match="networks is empty"):
-        SideBySide([])
 
 
 # --- language models --------------------------------------------------------------------------------------------------
@@ -340,15 +337,15 @@ def test_parameters_of_the_variants():
 
 
 def test_side_by_side_keeps_tied_parameters_tied():
-    models_ = SideBySide([Decoder(11, variant="shared", generator=generator(s), **SMALL) for s in range(2)])
+    ensemble = training.Ensemble([Decoder(11, variant="shared", generator=generator(s), **SMALL) for s in range(2)])
     text = torch.randint(11, (200,), generator=generator(1))
-    before = parameters(models_.member(0))
-    models_.fit(text_batches(text, 2, 4, 6, generator()), steps=3, lr=0.01)
-    member = models_.member(0)
+    before = parameters(ensemble.members()[0])
+    fit_classifiers(ensemble, text_batches(text, 2, 4, 6, generator()), steps=3, lr=0.01)
+    member = ensemble.members()[0]
     assert parameters(member) == before
     assert torch.equal(member.head.prototypes, member.tokens)
     symbols = text[:12].view(1, 2, 6).expand(2, -1, -1)
-    torch.testing.assert_close(models_(symbols)[0], member(symbols[0]))
+    torch.testing.assert_close(ensemble.each(symbols)[0], member(symbols[0]))
 
 
 def test_descriptions_are_split_without_overlap():
@@ -398,7 +395,7 @@ def test_bad_decoders_are_refused():
 def test_nothing_touches_global_randomness_or_inputs():
     state = torch.get_rng_state()
     Decoder(11, variant="shared", generator=generator(), **SMALL)
-    SideBySide([models.mlp([4, 3], generator=generator())])
+    models.mlp([4, 3], generator=generator())
     x, prototypes, features = objects(0)
     kept = x.clone()
     tversky_similarity(x, prototypes, features, 1.0, 1.0)

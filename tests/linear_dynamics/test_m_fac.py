@@ -2,7 +2,6 @@
 
 import copy
 import math
-from functools import partial
 
 import numpy as np
 import pytest
@@ -23,9 +22,7 @@ from companion.linear_dynamics.m_fac import (
     StaticInverseFisher,
     empirical_fisher_gradients,
     prune_one_shot,
-    with_drops,
 )
-from companion.training import fit
 
 F64 = torch.float64
 
@@ -443,39 +440,6 @@ def test_a_saved_state_continues_the_run():
 # --- training at full scale -------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("optimizer", [partial(torch.optim.SGD, momentum=0.9), torch.optim.Adam, MFAC])
-def test_drops_are_those_of_torchs_scheduler(optimizer):
-    ours, theirs = parameters(), parameters()
-    make = with_drops(optimizer, [3, 5])
-    reference = optimizer(theirs, lr=1e-3)
-    schedule = torch.optim.lr_scheduler.MultiStepLR(reference, [3, 5], 0.1)
-    fit(lambda step: loss_of(ours), ours, steps=8, lr=1e-3, optimizer=make)
-    for _ in range(8):
-        reference.zero_grad()
-        loss_of(theirs).backward()
-        reference.step()
-        schedule.step()
-    for one, other in zip(ours, theirs, strict=True):
-        close(one.detach(), other.detach(), 1e-13)
-
-
-def test_drops_multiply_a_schedule_and_none_changes_nothing():
-    cosine = [5e-4 * (1 + math.cos(math.pi * step / 4)) for step in range(4)]
-    for at, scale in (([2], [1, 1, 0.1, 0.1]), ([], [1, 1, 1, 1])):
-        w = torch.zeros(1, dtype=F64, requires_grad=True)
-        make = with_drops(torch.optim.SGD, at)
-        path = fit(  # with a slope of one, each step is as long as the rate
-            lambda step, w=w: w.sum(),
-            [w],
-            steps=4,
-            lr=1e-3,
-            optimizer=make,
-            cosine_to=0.0,
-            record=lambda w=w: {"w": w.clone()},
-        )["w"]
-        np.testing.assert_allclose(-path[:, 0].diff(), np.multiply(cosine, scale), rtol=1e-9)
-
-
 # --- what a reader can get wrong --------------------------------------------------------------------------------------
 
 G = random_matrix(4, 7)
@@ -524,8 +488,6 @@ X, Y = random_matrix(9, 7), random_matrix(9, seed=1)
         (lambda: MFAC(parameters(), momentum=1.0), "momentum"),
         (lambda: MFAC(parameters(), window=0), "window"),
         (lambda: MFAC(parameters(), damping=0.0), "damping"),
-        (lambda: with_drops(MFAC, [5, 3]), "at must"),
-        (lambda: with_drops(MFAC, [3], factor=0.0), "factor"),
     ],
 )
 def test_bad_input_is_named(call, name):

@@ -11,7 +11,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from companion import data
-from companion.robustness import lipschitz_networks as module
 from companion.robustness.lipschitz_networks import (
     OPENML_SETS,
     LDLTFeedForward,
@@ -380,16 +379,16 @@ def test_downloads_are_kept_whole_or_not_at_all(monkeypatch, tmp_path):
     def refuse(**_):
         raise OSError("no network")
 
-    monkeypatch.setattr(module.datasets, "fetch_openml", refuse)
+    monkeypatch.setattr(data, "fetch_openml", refuse)
     with pytest.raises(data.DataUnavailable, match=r"sonar.*BOOK_PROFILE=book"):
         uci("sonar")
     assert not list(tmp_path.iterdir())
     answer = np.array([[1.0, 2.0], [3.0, 4.0]]), np.array(["Rock", "Mine"])
-    monkeypatch.setattr(module.datasets, "fetch_openml", lambda **_: answer)
+    monkeypatch.setattr(data, "fetch_openml", lambda **_: answer)
     x, y = uci("sonar")
     assert x.tolist() == answer[0].tolist()
     assert y.tolist() == [1, 0]
-    monkeypatch.setattr(module.datasets, "fetch_openml", refuse)
+    monkeypatch.setattr(data, "fetch_openml", refuse)
     assert torch.equal(uci("sonar")[0], x)  # from the kept file
     assert len(OPENML_SETS) == 20
 

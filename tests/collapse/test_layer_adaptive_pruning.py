@@ -366,9 +366,10 @@ def test_iterative_pruning_follows_its_schedule():
     network, x, grid = digit_cnn(generator=generator()), random_images(), np.linspace(0, 1, 11)
     names, before = prunable_layers(network), state(network)
     sizes = [weight.numel() for weight in layer_weights(network, names)]
-    calls = []
+    calls, seen = [], []
 
     def allocator(current, sparsity, counts):
+        seen.append(current)
         least = np.divide(counts, sizes)
         return allocate(distortion_curves(current, names, x, grid), sizes, grid, sparsity, least).counts
 
@@ -378,6 +379,7 @@ def test_iterative_pruning_follows_its_schedule():
             current.get_parameter(name).data.add_(0.01 * mask)
 
     stages = prune_iteratively(network, names, [0.3, 0.6, 0.9], finetune, allocator)
+    assert all(one is other for one, other in zip(seen, [network, *stages[:-1]], strict=True))  # as it is by then
     zeros = np.array([[int((weight == 0).sum()) for weight in layer_weights(stage, names)] for stage in stages])
     assert zeros.tolist() == [list(call.values()) for call in calls]
     assert (np.diff(zeros, axis=0) >= 0).all()

@@ -4,11 +4,12 @@ PYTHON ?= python3
 BIN := .venv/bin
 comma := ,
 EXTRAS := book,course,test$(if $(filter full,$(BOOK_PROFILE)),$(comma)full)
+EXECUTE := $(BIN)/python -m tools.execute book _build/.jupyter_cache _build/execution.json
 export OMP_NUM_THREADS := 1
 export TQDM_DISABLE := 1
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: help book test test-site serve lab bench assignment home clean
+.PHONY: help book test nbval test-site serve lab bench assignment home clean
 
 help:  ## Show this help
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## */\t/' | expand -t 14
@@ -20,7 +21,7 @@ help:  ## Show this help
 	touch $@
 
 book: .venv/ready  ## Execute the notebooks in parallel and build the site
-	$(BIN)/python -m tools.execute book _build/.jupyter_cache _build/execution.json
+	$(EXECUTE)
 	$(BIN)/jupyter-book build book --config _config.yml --toc $(CURDIR)/_toc.yml --path-output . --all --quiet -W -n --keep-going
 	@echo "The site is at _build/html/index.html; 'make serve' shows it."
 
@@ -28,7 +29,10 @@ test: .venv/ready  ## Check everything: modules, notebooks, course, workflows, a
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/lint-imports --no-cache
+	$(EXECUTE)
 	$(BIN)/pytest -n auto --dist worksteal
+
+nbval: .venv/ready  ## Execute every cell afresh with nbval and compare with what is committed
 	$(BIN)/pytest -n auto --dist loadfile --nbval-lax --nbval-sanitize-with tests/nbval_sanitize.cfg -W ignore book
 
 test-site: .venv/ready  ## Check the built site in headless Chromium

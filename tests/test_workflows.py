@@ -40,7 +40,7 @@ def test_actions_are_pinned_and_permissions_start_empty(path):
 def test_checks_run_the_commands_of_the_readme():
     steps = yaml.safe_load((ROOT / ".github" / "workflows" / "check.yml").read_text())["jobs"]["check"]["steps"]
     commands = [step["run"] for step in steps if "run" in step]
-    assert commands == ["make book", "make test"]
+    assert commands == ["make book", "make test", "make nbval"]
     readme = (ROOT / "README.md").read_text()
     assert all(command in readme for command in commands)
 

@@ -104,6 +104,8 @@ def minibatches(n_samples: int, batch_size: int, generator: torch.Generator) -> 
 class Ensemble:
     """Networks of one architecture, evaluated and trained together through ``torch.func.vmap``.
 
+    What sets members apart must be a parameter or a buffer: all else is taken from the first one.
+
     Parameters
     ----------
     networks

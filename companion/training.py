@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from copy import deepcopy
 
@@ -24,6 +25,7 @@ def fit(
     optimizer: Callable[..., torch.optim.Optimizer] = torch.optim.Adam,
     cosine_to: float = 1.0,
     schedule: Callable[[torch.optim.Optimizer], LRScheduler] | None = None,
+    clip: float = math.inf,
     record: Callable[[], Mapping[str, Tensor]] | None = None,
     record_every: int = 1,
 ) -> History:
@@ -43,6 +45,8 @@ def fit(
         The learning rate falls along half a cosine to this fraction of ``lr``; 1 keeps it constant.
     schedule
         Makes a scheduler of the learning rate, which moves on after every step; it takes the place of ``cosine_to``.
+    clip
+        A gradient of a larger norm is scaled to this one before the step; each member of an ensemble has its own norm.
     record
         Called without gradient before the first step and then after every ``record_every`` steps.
 
@@ -55,15 +59,17 @@ def fit(
     Raises
     ------
     ValueError
-        If ``steps`` or ``record_every`` is smaller than 1, or ``lr`` is not positive.
+        If ``steps`` or ``record_every`` is smaller than 1, or ``lr`` or ``clip`` is not positive.
     FloatingPointError
         If the loss stops being finite.
     """
-    if steps < 1 or record_every < 1 or not lr > 0:
+    if steps < 1 or record_every < 1 or not lr > 0 or not clip > 0:
         raise ValueError(
-            f"steps and record_every must be at least 1 and lr positive, got {steps=}, {record_every=}, {lr=}"
+            "steps and record_every must be at least 1, lr and clip positive, "
+            f"got {steps=}, {record_every=}, {lr=}, {clip=}"
         )
-    update = optimizer(list(parameters), lr=lr)
+    parameters = list(parameters)
+    update = optimizer(parameters, lr=lr)
     rate = schedule(update) if schedule else CosineAnnealingLR(update, steps, eta_min=cosine_to * lr)
     rows: list[dict[str, Tensor]] = []
 
@@ -77,6 +83,8 @@ def fit(
         if step == 0:
             keep(0, value)
         value.sum().backward()
+        if clip < math.inf:
+            _clip([parameter.grad for parameter in parameters if parameter.grad is not None], clip, value.shape)
         update.step()
         rate.step()
         if (step + 1) % record_every == 0 or step + 1 == steps:
@@ -84,6 +92,14 @@ def fit(
                 raise FloatingPointError(f"the loss is {value.tolist()} at step {step}; try a smaller lr than {lr}")
             keep(step + 1, value)
     return {key: torch.stack([row[key] for row in rows]) for key in rows[0]}
+
+
+def _clip(gradients: list[Tensor], largest: float, members: torch.Size) -> None:
+    """Scale the gradients of each member, whose axes come first, to a norm of at most ``largest``, in place."""
+    squares = [gradient.reshape(*members, -1).square().sum(-1) for gradient in gradients]
+    scale = (largest / torch.stack(squares).sum(0).sqrt()).clamp(max=1)
+    for gradient in gradients:
+        gradient *= scale.view(*members, *[1] * (gradient.ndim - len(members)))
 
 
 def minibatches(n_samples: int, batch_size: int, generator: torch.Generator) -> Iterator[Int[Tensor, " batch"]]:
@@ -124,14 +140,14 @@ class Ensemble:
         self.parameters, self.buffers = stack_module_state(list(networks))
         self._architecture = networks[0]
 
-    def _one(self, parameters: dict[str, Tensor], buffers: dict[str, Tensor], x: Tensor) -> Tensor:
-        return functional_call(self._architecture, (parameters, buffers), (x,))
+    def _one(self, parameters: dict[str, Tensor], buffers: dict[str, Tensor], x: tuple[Tensor, ...]) -> Tensor:
+        return functional_call(self._architecture, (parameters, buffers), x)
 
-    def __call__(self, x: Float[Tensor, "n *features"]) -> Float[Tensor, "members n *outputs"]:
+    def __call__(self, *x: Float[Tensor, "n *features"]) -> Float[Tensor, "members n *outputs"]:
         """Outputs of every member for the same inputs."""
         return torch.vmap(self._one, in_dims=(0, 0, None))(self.parameters, self.buffers, x)
 
-    def each(self, x: Float[Tensor, "members n *features"]) -> Float[Tensor, "members n *outputs"]:
+    def each(self, *x: Float[Tensor, "members n *features"]) -> Float[Tensor, "members n *outputs"]:
         """Outputs of every member for inputs of its own."""
         return torch.vmap(self._one)(self.parameters, self.buffers, x)
 

@@ -51,6 +51,34 @@ def test_a_schedule_of_ones_own_takes_the_place_of_the_cosine():
     torch.testing.assert_close(-history["x"][:, 0].diff(), expected)
 
 
+@pytest.mark.parametrize("members", [(), (3,)])
+def test_gradients_are_clipped_as_by_pytorch_and_for_each_member_by_itself(generator, members):
+    slope = torch.randn(*members, 4, generator=generator, dtype=torch.float64) * 10.0 ** torch.arange(4)
+    x = torch.zeros_like(slope, requires_grad=True)
+    options = dict(steps=1, lr=1.0, optimizer=torch.optim.SGD, clip=20.0)
+    training.fit(lambda step: (slope * x).sum(-1), [x], **options)
+    for row, gradient in zip(x.reshape(-1, 4), slope.reshape(-1, 4), strict=True):
+        alone = torch.zeros(4, dtype=torch.float64)
+        alone.grad = gradient.clone()
+        nn.utils.clip_grad_norm_([alone], 20.0)
+        torch.testing.assert_close(-row, alone.grad, rtol=1e-6, atol=0)
+
+
+def test_an_ensemble_takes_several_inputs(generator):
+    class Difference(nn.Module):
+        def __init__(self, weight):
+            super().__init__()
+            self.weight = nn.Parameter(torch.tensor(weight))
+
+        def forward(self, x, y):
+            return self.weight * x - y
+
+    ensemble = training.Ensemble([Difference(1.0), Difference(2.0)])
+    x, y = torch.randn(2, 5, generator=generator)
+    assert torch.equal(ensemble(x, y), torch.stack([x - y, 2 * x - y]))
+    assert torch.equal(ensemble.each(torch.stack([x, y]), torch.stack([y, x])), torch.stack([x - y, 2 * y - x]))
+
+
 def test_ensemble_trains_each_member_as_if_it_were_alone(generator):
     x, y = torch.randn(30, 4, generator=generator), torch.randn(30, 2, generator=generator)
 
@@ -101,6 +129,8 @@ def test_bad_input_is_named():
         training.fit(lambda step: x.sum(), [x], steps=0, lr=0.1)
     with pytest.raises(ValueError, match="lr=-1"):
         training.fit(lambda step: x.sum(), [x], steps=1, lr=-1)
+    with pytest.raises(ValueError, match="clip=0"):
+        training.fit(lambda step: x.sum(), [x], steps=1, lr=0.1, clip=0)
     with pytest.raises(FloatingPointError, match="try a smaller lr than 10"):
         training.fit(lambda step: (x**4).sum(), [x], steps=100, lr=10, optimizer=torch.optim.SGD)
     with pytest.raises(ValueError, match="batch_size must be between 1 and n_samples=5, got 6"):

@@ -15,6 +15,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain, islice
 
 import numpy as np
@@ -293,26 +294,21 @@ def train_lm(corpus: FactCorpus, seed: int, steps: int = 270, n_sequences: int =
         tokens = corpus.sample_batch(n_sequences, 2, 0.6, generator)
         return F.cross_entropy(model(tokens[:, :-1]).flatten(0, 1), tokens[:, 1:].flatten())
 
-    def clip(*_: object) -> None:
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-
-    def adam(parameters: list[Tensor], lr: float) -> torch.optim.Optimizer:
-        update = torch.optim.AdamW(parameters, lr=lr, weight_decay=0.01, betas=(0.9, 0.98), fused=True)
-        update.register_step_pre_hook(clip)
-        return update
-
-    _fit(loss, model, adam, steps, 8e-3)
+    adam = partial(torch.optim.AdamW, weight_decay=0.01, betas=(0.9, 0.98), fused=True)
+    _fit(loss, model, adam, steps, 8e-3, clip=1.0)
     return model
 
 
-def _fit(loss: Callable[[int], Tensor], model: nn.Module, optimizer: Callable, steps: int, lr: float) -> None:
+def _fit(
+    loss: Callable[[int], Tensor], model: nn.Module, optimizer: Callable, steps: int, lr: float, **settings: float
+) -> None:
     """Train on a one-cycle schedule with 10 % warm-up; leave the model frozen, in evaluation mode."""
 
     def one_cycle(update: torch.optim.Optimizer) -> OneCycleLR:
         return OneCycleLR(update, lr, total_steps=steps + 1, pct_start=0.1)
 
     options = dict(steps=steps, lr=lr, optimizer=optimizer, schedule=one_cycle, record_every=max(steps, 1))
-    training.fit(loss, list(model.parameters()), **options)
+    training.fit(loss, model.parameters(), **options, **settings)
     model.eval().requires_grad_(False)
     for parameter in model.parameters():
         parameter.grad = None
@@ -578,10 +574,7 @@ def train_probe(
         y = labels[rows, None].expand(-1, hidden.shape[1])
         return joint_probe_loss(probe.token_logits(hidden[rows]), y, omega, class_weights=class_weights, **ablated)
 
-    def adam(parameters: list[Tensor], lr: float) -> torch.optim.Optimizer:
-        return torch.optim.AdamW(parameters, lr=lr, weight_decay=1e-2, fused=True)
-
-    _fit(batch_loss, probe, adam, steps, 3e-3)
+    _fit(batch_loss, probe, partial(torch.optim.AdamW, weight_decay=1e-2, fused=True), steps, 3e-3)
     return probe
 
 

@@ -22,7 +22,6 @@ from typing import NamedTuple
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
-from torch.func import functional_call
 from torch.nn.functional import pad
 
 from companion.training import Ensemble, fit
@@ -354,13 +353,6 @@ class DeepONet(nn.Module):
         return branch @ trunk.mT / math.sqrt(branch.shape[-1]) + self.bias
 
 
-class Operators(Ensemble):
-    """DeepONets trained side by side; their input is the pair ``(u, y)``."""
-
-    def _one(self, parameters: dict[str, Tensor], buffers: dict[str, Tensor], x: tuple[Tensor, Tensor]) -> Tensor:
-        return functional_call(self._architecture, (parameters, buffers), x)
-
-
 def transfer(model: DeepONet, freeze: bool = True) -> DeepONet:
     """A copy of a network that goes on to learn another room.
 
@@ -382,7 +374,7 @@ def train_operators(
     n_sources: int,
     n_coordinates: int,
     lr: float,
-) -> Operators:
+) -> Ensemble:
     """Train networks of one architecture side by side, each on its own recording; the networks themselves stay.
 
     Every step draws sources and coordinates for each member and takes the mean square over all their pairs. Adam, with
@@ -408,7 +400,7 @@ def train_operators(
     n_sources = min(n_sources, *(len(recording.u) for recording in recordings))
     if n_sources < 1 or n_coordinates < 1:
         raise ValueError(f"n_sources and n_coordinates must be positive, got {n_sources=} and {n_coordinates=}")
-    operators = Operators(networks)
+    operators = Ensemble(networks)
     generators = [torch.Generator().manual_seed(k) for k in range(len(networks))]
 
     def draw(recording: Recording, generator: torch.Generator) -> Recording:
@@ -422,7 +414,7 @@ def train_operators(
     def loss(_: int) -> Float[Tensor, " members"]:
         batch = map(draw, recordings, generators)
         u, y, p = (torch.stack(tensors) for tensors in zip(*batch, strict=True))
-        return (operators.each((u, y)) - p).square().mean((1, 2))
+        return (operators.each(u, y) - p).square().mean((1, 2))
 
     trained = [parameter for parameter in operators.parameters.values() if parameter.requires_grad]
     fit(

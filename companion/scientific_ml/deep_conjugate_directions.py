@@ -307,24 +307,13 @@ def train_direction_network(
         b = torch.stack([data[next(batch)] for batch in batches])
         return direction_loss(operator, ensemble.each(b), b).mean((1, 2))
 
-    def clipped_adam(parameters: list[Tensor], lr: float) -> torch.optim.Adam:
-        update = torch.optim.Adam(parameters, lr=lr)
-
-        def clip(*_: object) -> None:  # the first axis runs over networks, and each has a norm of its own
-            norms = sum(parameter.grad.flatten(1).square().sum(1) for parameter in parameters).sqrt().clamp_min(1)
-            for parameter in parameters:
-                parameter.grad /= norms.view(-1, *[1] * (parameter.ndim - 1))
-
-        update.register_step_pre_hook(clip)
-        return update
-
     history = fit(
         loss,
         ensemble.parameters.values(),
         steps=steps,
         lr=lr,
-        optimizer=clipped_adam,
         schedule=lambda update: OneCycleLR(update, lr, total_steps=steps, pct_start=0.2),
+        clip=1.0,
     )
     return ensemble.members(), history["loss"][1:]
 

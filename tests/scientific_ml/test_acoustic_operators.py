@@ -17,7 +17,6 @@ from companion.scientific_ml.acoustic_operators import (
     SPEED_OF_SOUND,
     DeepONet,
     ModifiedMLP,
-    Operators,
     Recording,
     Room,
     acoustic_energy,
@@ -326,14 +325,6 @@ def test_transfer_copies_and_freezes_the_input_side():
 
 
 TABLE = SMALL.record(SMALL.lattice(0.5))
-
-
-def test_operators_evaluate_every_member_on_its_own_pair():
-    nets = [DeepONet(25, **NET, generator=generator(seed)) for seed in range(2)]
-    u, y = torch.rand(2, 4, 25, generator=generator(1)), torch.rand(2, 6, 3, generator=generator(2))
-    together = Operators(nets).each((u, y))
-    for k, net in enumerate(nets):
-        torch.testing.assert_close(together[k], net(u[k], y[k]))
 
 
 def test_training_lowers_the_error_and_leaves_what_it_was_given():

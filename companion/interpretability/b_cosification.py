@@ -131,7 +131,7 @@ class BcosLinear(_Bcos, nn.Linear):
         return y if self.bias is None else y + self.bias
 
 
-class UncenteredBatchNorm2d(Dynamic):
+class UncenteredBatchNorm2d(nn.Module):
     """Batch normalisation that divides by the standard deviation and subtracts no mean: ``γ x / √(v + ε) (+ β')``.
 
     ``v`` is the *centred* variance, of the batch in training and its running average in evaluation.
@@ -151,7 +151,7 @@ class UncenteredBatchNorm2d(Dynamic):
             samples = x.numel() // x.shape[1]
             with torch.no_grad():
                 self.running_var.lerp_(v * samples / (samples - 1), self.momentum)
-        y = x * (self.weight * self.constant((v + self.eps).rsqrt()))[:, None, None]
+        y = x * (self.weight * (v + self.eps).rsqrt())[:, None, None]
         return y if self.bias is None else y + self.bias[:, None, None]
 
 

@@ -158,7 +158,10 @@ def test_positions_repeat_on_larger_grids():
     one, tiled = positions(torch.zeros(1, 16, 4, 4)), positions(torch.zeros(1, 16, 8, 8))
     tiles = tiled.mT.view(16, 2, 4, 2, 4)
     assert torch.equal(tiles[:, 1, :, 0], one.mT.view(16, 4, 4))
-    assert one.unique(dim=1).shape == one.shape  # every place has a code of its own
+    for row, column in ((0, 0), (1, 3), (3, 2)):
+        slow = [1e4 ** (-k / 4) for k in range(4)]
+        code = [f(place * w) for place in (row, column) for f in (math.sin, math.cos) for w in slow]
+        torch.testing.assert_close(one[0, 4 * row + column], torch.tensor(code))
 
 
 # --- conversion -------------------------------------------------------------------------------------------------------
@@ -204,7 +207,8 @@ def test_scratch_networks_have_unit_weights_and_no_relu():
     layers = [module for module in network.modules() if isinstance(module, bc.BcosConv2d)]
     assert len(layers) > 4
     assert all(module.normalise_weights for module in layers)
-    assert not [module for module in network.modules() if isinstance(module, nn.ReLU)]
+    both = [*network.modules(), *bc.b_cos_from_scratch(small_vit(), -1.0).modules()]
+    assert not [module for module in both if isinstance(module, nn.ReLU | bc.DynamicGELU)]
     x = rand(3, 3, 8, 8)
     before = network(x)
     for module in layers:
@@ -380,6 +384,18 @@ def test_integrated_gradients_are_complete():
     with torch.no_grad():
         change = (network(x) - network(torch.zeros_like(x))).diagonal()
     torch.testing.assert_close(total, change, rtol=0, atol=0.01 * change.abs().max().item())
+
+
+def test_one_midpoint_integrates_the_gradient_of_a_square_exactly():
+    class Square(nn.Module):
+        def forward(self, z):
+            return z.square().sum((1, 2, 3))[:, None]
+
+    x = rand(2, 3, 4, 4)
+    attribution = bc.integrated_gradients(
+        nn.Sequential(nn.Identity(), Square()).eval(), x, torch.zeros(2).long(), steps=1
+    )
+    torch.testing.assert_close(attribution, x.square().sum(1))
 
 
 def test_prompt_scores_are_cosines_and_explained_without_the_length():

@@ -11,13 +11,14 @@ M_sun/h; a flat universe today, with ``h = 0.6711`` and ``n_s = 0.9624``.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import accumulate
 
 import numpy as np
 import torch
 from jaxtyping import Float, Int
 from scipy import fft
 from scipy.spatial import cKDTree
-from scipy.spatial.distance import pdist
+from scipy.spatial.distance import pdist, squareform
 from torch import Tensor, nn
 
 from companion import runtime
@@ -67,8 +68,11 @@ def _shape(k: np.ndarray, omega_m: float) -> np.ndarray:
 def _rough_sigma(R: np.ndarray, omega_m: float) -> np.ndarray:
     """σ(R) for a power spectrum of amplitude 1."""
     x = np.multiply.outer(R, _WAVENUMBERS)
-    window = np.where(x < 1e-2, 1 - x**2 / 10, 3 * (np.sin(x) - x * np.cos(x)) / x**3)
-    integrand = _WAVENUMBERS**3 * _shape(_WAVENUMBERS, omega_m) * window**2  # k² P W² dk = k³ P W² d(ln k)
+    window = 3 * (np.sin(x) - x * np.cos(x)) / (x * x * x)
+    small = x < 1e-2
+    window[small] = 1 - x[small] ** 2 / 10
+    window *= window
+    integrand = _WAVENUMBERS**3 * _shape(_WAVENUMBERS, omega_m) * window  # k² P W² dk = k³ P W² d(ln k)
     return np.sqrt(np.trapezoid(integrand, np.log(_WAVENUMBERS)) / (2 * np.pi**2))
 
 
@@ -332,7 +336,8 @@ def correlation_function(
     if len(edges) < 2 or not (np.diff(edges) > 0).all():
         raise ValueError(f"edges must rise, got {edges}")
     r2 = squared_distances(positions, box)
-    pairs = np.histogram(r2, edges**2)[0]
+    near = r2[r2 < edges[-1] ** 2]
+    pairs = np.diff([np.count_nonzero(near < edge**2) for edge in edges])
     return pairs / (len(r2) * 4 / 3 * np.pi * np.diff(edges**3) / box**3) - 1
 
 
@@ -353,14 +358,13 @@ def velocity_features(
     _check_cloud(positions, box)
     if min(n_modes, n_powers) < 1:
         raise ValueError(f"n_modes and n_powers must be at least 1, got {n_modes=}, {n_powers=}")
-    apart = abs(positions[:, None] - positions)
-    distance = np.sqrt((np.minimum(apart, box - apart) ** 2).sum(2))
-    np.fill_diagonal(distance, np.inf)  # no point pulls itself
+    distance = np.sqrt(squared_distances(positions, box))
     if not distance.min() > 0:
         raise ValueError("positions must differ, got two points at one place")
+    nearness = squareform(box / distance)  # zero on the diagonal: no point pulls itself
     phase = 2 * np.pi / box * np.arange(1, n_modes + 1)[:, None] * positions.T[:, None]  # axes, modes, points
     sine, cosine = np.sin(phase), np.cos(phase)
-    powers = [(box / distance) ** p for p in range(1, n_powers + 1)]
+    powers = accumulate([nearness] * n_powers, np.multiply)
     # sin(a - b) = sin a cos b - cos a sin b turns the sum over pairs into two products with R_p
     return np.concatenate([sine * (cosine @ R) - cosine * (sine @ R) for R in powers], axis=1)
 

@@ -104,6 +104,15 @@ def test_full_layer_is_the_one_of_dcnv2():
     torch.testing.assert_close(network.states(x)[1], x * (x @ network.weights[0].T + network.biases[0]) + x)
 
 
+def test_initial_values_have_the_distributions_they_are_said_to_have():
+    network = cross(64, 3, "linear")
+    assert torch.stack([W.std() for W in network.weights]).mean().item() == pytest.approx((2 / 96) ** 0.5, rel=0.05)
+    biases = torch.cat(list(network.biases))
+    assert 0 <= biases.min() < 0.1
+    assert 0.9 < biases.max() <= 1
+    assert FusedCrossNetwork([50] * 4, generator=generator()).table.std().item() == pytest.approx(0.1, rel=0.1)
+
+
 def test_halves_have_half_the_weights():
     def count(**options):
         return sum(W.numel() for W in cross(64, 3, "linear", **options).weights)

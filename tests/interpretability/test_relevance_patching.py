@@ -15,7 +15,7 @@ from scipy.stats import norm
 from torch import nn
 from torch.nn import functional as F
 
-from companion import data
+from companion import data, training
 from companion.interpretability.relevance_patching import (
     KINDS,
     IOITask,
@@ -457,17 +457,38 @@ def test_autoencoders_learn_sparse_directions_whatever_the_scale():
     directions, _ = torch.linalg.qr(torch.randn(8, 8, generator=generator()))
     strength = torch.rand(2000, 8, generator=generator(1)) * (torch.rand(2000, 8, generator=generator(2)) < 0.15)
     x = strength @ directions
-    one, other = fit_sparse_autoencoder(torch.stack([x, x]), 16, generator(3), penalty=0.05)
-    f, reconstruction = one(x)
-    assert (x - reconstruction).square().sum() < 0.1 * (x - x.mean(0)).square().sum()
+    data_sets = torch.stack([x, -10 * x])  # ReLU features of the one cannot reconstruct the other
+    members = fit_sparse_autoencoder(data_sets, 16, generator(3), penalty=0.05)
+    for sae, own in zip(members, data_sets, strict=True):
+        assert (own - sae(own)[1]).square().sum() < 0.1 * (own - own.mean(0)).square().sum()
+    one = members[0]
+    f, _ = one(x)
     assert (f > 0).float().mean() < 0.4
     found = F.normalize(one.W_d[f.mean(0) > 1e-3], dim=1) @ directions.T
     assert found.max(0).values.median() > 0.85
-    assert not torch.equal(one.W_d, other.W_d)  # members have initial weights of their own
-    (scaled,) = fit_sparse_autoencoder(1000 * x[None], 24, generator(3), steps=20)
-    (plain,) = fit_sparse_autoencoder(x[None], 24, generator(3), steps=20)
+    first, second = fit_sparse_autoencoder(torch.stack([x, x]), 16, generator(3), steps=1)
+    assert not torch.equal(first.W_d, second.W_d)  # members have initial weights of their own
+    _, scaled = fit_sparse_autoencoder(torch.stack([x, 1000 * x]), 24, generator(3), steps=20)
+    _, plain = fit_sparse_autoencoder(torch.stack([x, x]), 24, generator(3), steps=20)
     torch.testing.assert_close(scaled.encode(1000 * x), plain.encode(x), rtol=1e-3, atol=1e-4)
     torch.testing.assert_close(scaled(1000 * x)[1], 1000 * plain(x)[1], rtol=1e-3, atol=0.1)
+
+
+def test_autoencoders_minimise_the_stated_loss():
+    x = 3 * torch.randn(600, 8, generator=generator(1))
+    (sae,) = fit_sparse_autoencoder(x[None], 12, generator(3), penalty=0.2, steps=5)
+    g, scale = generator(3), x.std()
+    batches, model = training.minibatches(600, 512, g), SparseAutoencoder(8, 12, generator=g)
+    optimizer = torch.optim.Adam(model.parameters(), lr=5e-3)
+    for _ in range(5):
+        batch = x[next(batches)] / scale
+        f, reconstruction = model(batch)
+        sizes = (f * model.W_d.norm(dim=1)).sum(1)
+        loss = ((batch - reconstruction).square().sum(1) + 0.2 * 8**0.5 * sizes).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    torch.testing.assert_close(sae(x)[1], scale * model(x / scale)[1], rtol=1e-3, atol=1e-3)
 
 
 # --- GPT-2 ------------------------------------------------------------------------------------------------------------

@@ -148,6 +148,15 @@ def test_alignment_to_one_subject_is_scipy_s_procrustes():
         np.testing.assert_allclose(ours[i], u[i].numpy() @ rotation, atol=1e-10)
 
 
+def test_alignment_to_the_mean_is_five_rounds_of_it():
+    u = normal(6, 7, 3)
+    template = u[0].numpy()
+    for _ in range(5):
+        aligned = np.stack([one @ linalg.orthogonal_procrustes(one, template)[0] for one in u.numpy()])
+        template = aligned[:4].mean(0)
+    np.testing.assert_allclose(align(u, 4), aligned, atol=1e-10)
+
+
 @settings(deadline=None, max_examples=20)
 @given(seed=st.integers(0, 2**31))
 def test_what_each_subject_s_axes_were_does_not_matter(seed):
@@ -228,18 +237,22 @@ def test_the_first_layer_starts_wide():
     assert first.bias.detach().std() == pytest.approx(4 / 12**0.5, rel=0.04)
 
 
-def test_training_is_adamw_with_one_cycle_on_the_squared_error():
-    start = network(dropout=0.0)
+@pytest.mark.parametrize("q", [0.0, 0.3])
+def test_training_is_adamw_with_one_cycle_on_the_squared_error(q):
+    """With masks for every location and for every node of a batch."""
+    start = network(dropout=q)
     (trained,) = fit_models([start], [DATA], [LATENTS], 10, epochs=3, batch_size=4, lr=1e-2, seed=5)
-    model = network(dropout=0.0)
+    model, masked = network(dropout=q), generator(5)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=1e-4)
     schedule = OneCycleLR(optimizer, max_lr=1e-2, total_steps=7)
     batches = training.minibatches(10, 4, generator(5))
     s, x, y, u = (t.float() for t in (DATA.locations, DATA.covariates, DATA.outcome, LATENTS))
     for _ in range(6):
         batch = next(batches)
+        effect_masks, node_masks = (dropout_masks(model.keep, (*n, 64), masked) for n in ((64,), (4, 4)))
         optimizer.zero_grad()
-        nn.functional.mse_loss(model(Inputs(s, DATA.region, x[batch], u[batch])), y[batch]).backward()
+        inputs = Inputs(s, DATA.region, x[batch], u[batch], effect_masks, node_masks)
+        nn.functional.mse_loss(model(inputs), y[batch]).backward()
         optimizer.step()
         schedule.step()
     for name, value in trained.state_dict().items():

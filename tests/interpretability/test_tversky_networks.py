@@ -294,6 +294,14 @@ def test_networks_side_by_side_train_as_if_alone():
     torch.testing.assert_close(together.each(x)[1], networks[1](x[1]))
 
 
+def test_training_ends_in_evaluation_mode():
+    together = training.Ensemble([models.resnet(1, [4], 1, 3, generator=generator(seed)) for seed in range(2)])
+    x, y = torch.randn(2, 12, 1, 8, 8, generator=generator(1)), torch.randint(3, (2, 12), generator=generator(2))
+    fit_classifiers(together, image_batches(x, y, 6, generator(5)), steps=2, lr=0.01)
+    # In training mode the outputs of one image would depend on the others, through the batch's mean and variance.
+    torch.testing.assert_close(together.each(x)[:, :3], together.each(x[:, :3]))
+
+
 def test_image_batches_pair_inputs_with_labels_and_augment():
     x = torch.arange(20.0).view(2, 10, 1)
     inputs, labels = next(image_batches(x, x[..., 0].long(), 4, generator(), lambda x, _: -x))
@@ -324,6 +332,14 @@ def test_decoder_is_causal_and_shares_what_it_says(variant):
     if variant == "shared":
         assert head.prototypes is network.tokens
         assert head.features is network.outputs[0].features
+
+
+def test_decoder_knows_the_order_of_what_came_before():
+    """Causal attention alone sees a set of earlier symbols; the positions make it a sequence."""
+    network = Decoder(11, variant="linear", generator=generator(), **SMALL)
+    with torch.no_grad():
+        one, other = network(torch.tensor([[1, 2, 3], [2, 1, 3]]))[:, -1]
+    assert not torch.allclose(one, other, atol=1e-4)
 
 
 def test_parameters_of_the_variants():

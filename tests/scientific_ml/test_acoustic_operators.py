@@ -363,6 +363,25 @@ def test_the_first_loss_is_the_mean_square_over_all_pairs(monkeypatch):
     torch.testing.assert_close(seen[0], (net(drawn.u, drawn.y) - drawn.p).square().mean()[None])
 
 
+def test_each_member_draws_from_all_sources_and_on_its_own(monkeypatch):
+    net = DeepONet(TABLE.u.shape[1], **NET, generator=generator())
+    told, losses = {}, []
+
+    def fit(loss, parameters, **options):
+        told.update(options)
+        losses.extend(loss(step).detach() for step in range(300))
+
+    monkeypatch.setattr("companion.scientific_ml.acoustic_operators.fit", fit)
+    loud = TABLE._replace(p=TABLE.p * torch.linspace(0, 3, len(TABLE.u))[:, None])  # the first sources are quiet
+    train_operators([net] * 2, [loud] * 2, steps=300, n_sources=2, n_coordinates=50, lr=1e-3)
+    drawn = torch.stack(losses)
+    with torch.no_grad():
+        expected = float((net(loud.u, loud.y) - loud.p).square().mean())
+    assert drawn.mean(0).tolist() == pytest.approx([expected] * 2, rel=0.15)
+    assert not torch.equal(drawn[0, 0], drawn[0, 1])
+    assert told["cosine_to"] == 0
+
+
 # --- baselines --------------------------------------------------------------------------------------------------------
 
 

@@ -448,6 +448,8 @@ def test_all_nine_make_sense():
         assert (one.adas_lower < one.adas).all()
         assert (one.ventricles < one.ventricles_upper).all()
         assert table[name] > 0.75
+    for less in ("LinearCrossSect", "LinearNoCSF"):  # what they do not see makes a difference
+        assert np.abs(forecasts[less].probabilities - forecasts["Linear"].probabilities).max() > 1e-3
     part = forecasts["Linear"][:7]
     np.testing.assert_array_equal(part.adas, forecasts["Linear"].adas[:7])
 
@@ -467,6 +469,8 @@ def test_the_last_value_is_right_where_nothing_changes():
 def test_last_observed_looks_back_over_holes_but_not_ahead():
     values = np.array([[1, np.nan, 3, 4], [np.nan, np.nan, np.nan, 4], [5, 6, np.nan, np.nan]])
     np.testing.assert_array_equal(last_observed(values, np.array([1, 2, 3])), [1, np.nan, 6])
+    np.testing.assert_array_equal(last_observed(values, np.array([2, 3, 1])), [3, 4, 6])  # the last one counts
+    np.testing.assert_array_equal(last_observed(values, np.array([-1, -1, -1])), [np.nan] * 3)  # nothing is open
 
 
 def test_the_first_visit_is_all_that_counts_and_csf_is_used_if_asked_for():
@@ -519,6 +523,36 @@ def test_tadpole_is_read_and_split(tmp_path):
     assert cohort.biomarkers[1, 0, 4] == 1700
     other = [set(load_tadpole(path, seed).test[:, 0]) for seed in range(8)]
     assert len({frozenset(drawn) for drawn in other}) > 1
+
+
+def test_who_is_forecast_and_from_which_visits(tmp_path):
+    """People of five kinds, three of each: only two kinds are forecast, from ADNI-1 to what comes after it."""
+    kinds = [
+        [("bl", "ADNI1", "NL"), ("m12", "ADNI1", "CN"), ("m36", "ADNIGO", "NL")],
+        [("bl", "ADNI1", "NL"), ("m06", "ADNIGO", "NL"), ("m12", "ADNI1", "NL"), ("m24", "ADNI2", "NL")],
+        [("bl", "ADNI1", "MCI"), ("m12", "ADNI1", "MCI to AD"), ("m24", "ADNI2", "AD")],  # ill in ADNI-1 already
+        [("bl", "ADNI1", "MCI"), ("m24", "ADNI2", "MCI")],  # one visit in ADNI-1
+        [("bl", "ADNI1", "NL"), ("m12", "ADNI1", "NL"), ("m24", "ADNI2", "")],  # not diagnosed later
+    ]
+    names = ["RID", "VISCODE", "COLPROT", "DX", "ADAS13", "MMSE", "Ventricles", "Hippocampus", "ICV_bl", "AGE"]
+    names += ["ABETA_UPENNBIOMK9_04_19_17", "TAU_UPENNBIOMK9_04_19_17"]
+    rows = [
+        [rid, *visit, 10, 28, 20_000, 5000, 1_000_000, 70, 100, 200]
+        for rid, visits in enumerate(kind for kind in kinds for _ in range(3))
+        for visit in visits
+    ]
+    path = tmp_path / "TADPOLE_D1_D2.csv"
+    with path.open("w", newline="") as file:
+        csv.writer(file).writerows([names, *rows])
+    cohort = load_tadpole(path, 0)
+    drawn = np.flatnonzero(~cohort.training)
+    assert len(drawn) == 4  # two thirds of six
+    assert drawn.max() < 6
+    np.testing.assert_array_equal(cohort.last_visit[drawn], 2)  # month 12
+    np.testing.assert_array_equal(cohort.test, [(k, 5 if k < 3 else 4) for k in drawn])
+    np.testing.assert_array_equal(cohort.diagnosis[[0, 0, 6, 6, 6], [0, 2, 0, 2, 4]], [0, 0, 1, 2, 2])
+    assert np.isfinite(cohort.biomarkers[:, 0, CSF]).all()
+    assert np.isnan(cohort.biomarkers[:, 1:, CSF]).all()  # CSF of the first visit only
 
 
 def test_without_the_file_the_way_out_is_named(tmp_path, monkeypatch):

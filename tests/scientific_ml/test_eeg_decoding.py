@@ -214,6 +214,37 @@ def test_the_network_learns_and_repeats_itself():
     assert retrieval_accuracy(networks[0].predict(x), e, 5) > 0.4 > 0.1 > retrieval_accuracy(untrained.predict(x), e, 5)
 
 
+def test_each_seed_of_the_network_counts(monkeypatch):
+    """The generator sets the first weights, the seed of the fit both the batches and the dropout."""
+    x, e = normal(280, 3, 6), normal(280, 2, seed=1)
+
+    def fitted(seed, dropout, start=0):
+        network = ContrastiveDecoder(3, 6, 2, generator=generator(start))
+        for layer in network.network:
+            if isinstance(layer, torch.nn.Dropout):
+                layer.p = dropout
+        return network.fit(x, e, seed, epochs=2).predict(x)
+
+    assert not torch.equal(fitted(0, 0.0), fitted(1, 0.0))  # batches
+    assert not torch.equal(fitted(0, 0.0), fitted(0, 0.0, start=1))
+    monkeypatch.setattr(eeg_decoding.training, "minibatches", lambda n, batch, _: iter([torch.arange(batch)] * 2))
+    assert torch.equal(fitted(0, 0.0), fitted(1, 0.0))
+    assert not torch.equal(fitted(0, 0.3), fitted(1, 0.3))  # dropout
+
+
+def test_the_factor_of_the_cosines_starts_at_e_squared_and_is_learned(monkeypatch):
+    factors = []
+
+    def spy(f, e, scale):
+        factors.append(scale.item())
+        return info_nce(f, e, scale)
+
+    monkeypatch.setattr(eeg_decoding, "info_nce", spy)
+    ContrastiveDecoder(3, 6, 2, generator=generator()).fit(normal(16, 3, 6), normal(16, 2), 0, epochs=5)
+    assert factors[0] == pytest.approx(math.exp(2))
+    assert factors[-1] != pytest.approx(factors[0], rel=1e-4)
+
+
 def test_lda_is_scikit_learn_s_at_each_time():
     y, y_test = torch.arange(300) % 2, torch.arange(90) % 2
     x, test = (WORLD.mixing[:6, :6] @ normal(n, 6, 4, seed=n) for n in (300, 90))
@@ -282,6 +313,8 @@ def test_the_multiplier_of_parallel_lines_is_their_shift():
     dip = a.copy()
     dip[3] = 0
     assert data_multiplier(N, dip, a, a[5]) == pytest.approx(1)
+    dip[3] = a[2] - 0.01  # an accuracy once reached stays reached
+    assert data_multiplier(N, dip, a, (a[1] + a[2]) / 2) == pytest.approx(1)
 
 
 # --- the whole --------------------------------------------------------------------------------------------------------

@@ -13,6 +13,7 @@ from scipy.optimize import fsolve
 from sklearn.gaussian_process import GaussianProcessRegressor
 from sklearn.gaussian_process.kernels import RBF
 
+from companion.scientific_ml import fisheries_control
 from companion.scientific_ml.fisheries_control import (
     FisheryEnv,
     FisheryParameters,
@@ -323,6 +324,48 @@ def test_ppo_s_gradient_vanishes_where_the_ratio_is_clipped():
     assert log_ratio.grad[0] == pytest.approx([0, 3 / 5, -1 / 5, 0, -1 / 5], abs=1e-6)
     critic = ppo_loss(torch.zeros(1, 3), torch.zeros(1, 3), torch.tensor([[1.0, 2.0, 3.0]]))
     assert critic.item() == pytest.approx(14 / 6)
+
+
+def test_an_update_sees_what_the_sea_did(monkeypatch):
+    years, seen, losses = [], [], []
+    step = VectorFishery.step
+
+    def spy_step(self, actions):
+        years.append(step(self, actions))
+        return years[-1]
+
+    def spy_gae(*arguments):
+        seen.append(arguments)
+        return gae(*arguments)
+
+    def spy_loss(*arguments):
+        losses.append([argument.detach() for argument in arguments])
+        return ppo_loss(*arguments)
+
+    for name, spy in (("gae", spy_gae), ("ppo_loss", spy_loss)):
+        monkeypatch.setattr(fisheries_control, name, spy)
+    monkeypatch.setattr(VectorFishery, "step", spy_step)
+    options = dict(agents=2, width=8, episodes=16, steps=60, minibatch=960, epochs=1)
+    train_ppo(4, 1, params=FisheryParameters(sigma=0.3), **options)
+    (reward, value, next_value, terminated, ended), (log_ratio, advantage, error) = seen[0], losses[0]
+    N, earned, collapsed, in_time = (
+        torch.as_tensor(np.stack(column)).unflatten(1, (2, 16)) for column in zip(*years, strict=True)
+    )
+    assert collapsed.any()
+    assert in_time.any()
+    torch.testing.assert_close(reward, earned.float() / 10)
+    assert torch.equal(terminated, collapsed)
+    assert torch.equal(ended, collapsed | in_time)
+    torch.testing.assert_close(next_value[:-1][~ended[:-1]], value[1:][~ended[:-1]])
+    critic = fisheries_control._Agents(2, 8, 2, torch.Generator().manual_seed(0)).value  # as it was before the update
+    after = critic((2 * N - 1).float().transpose(0, 1).flatten(1, 2)).unflatten(1, (60, 16)).transpose(0, 1)
+    torch.testing.assert_close(next_value, after.detach(), rtol=0, atol=1e-5)  # before any reset
+    assert log_ratio.abs().max() < 1e-5  # nothing was learned yet
+    torch.testing.assert_close(advantage.mean(1), torch.zeros(2), rtol=0, atol=1e-5)
+    torch.testing.assert_close(advantage.std(1), torch.ones(2))
+    raw = -error  # the critic's target less its value
+    standard = (raw - raw.mean(1, keepdim=True)) / raw.std(1, keepdim=True)
+    torch.testing.assert_close(standard, advantage, rtol=0, atol=1e-4)
 
 
 def test_an_untrained_agent_catches_a_fifth():

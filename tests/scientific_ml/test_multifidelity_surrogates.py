@@ -235,6 +235,21 @@ def test_the_penalty_on_x_blinds_the_nonlinear_map_to_x():
     assert blind < 1e-3 < free
 
 
+def test_the_second_stage_ends_where_its_loss_is_stationary():
+    """Mean square of the standardised error, all weights of the nonlinear map, and once more those on x."""
+    zH, yH = OUTPUT[:12], np.sin(3 * OUTPUT[:12])
+    net = small_net(penalty=0.01, x_penalty=0.05, high_steps=3000).fit(RUNS, OUTPUT, RUNS[:12], yH, 0, zH)
+    first, last = net.nonlinear[0], net.nonlinear[-1]
+    X = np.column_stack([(RUNS[:12] - RUNS.mean(0)) / RUNS.std(0), (zH - OUTPUT.mean()) / OUTPUT.std()])
+    inputs, y = torch.from_numpy(X), torch.from_numpy((yH - yH.mean()) / yH.std())
+    output = net.linear(inputs) + torch.tanh(inputs @ first.weight.T + first.bias) @ last.weight.T + last.bias
+    squares = first.weight.square().sum() + last.weight.square().sum()
+    loss = (output[:, 0] - y).square().mean() + 0.01 * squares + 0.05 * first.weight[:, :3].square().sum()
+    assert last.weight.abs().max() > 0.1
+    weights = [first.weight, first.bias, last.weight, last.bias, *net.linear.parameters()]
+    assert max(float(g.abs().max()) for g in torch.autograd.grad(loss, weights)) < 1e-4
+
+
 def test_without_low_fidelity_runs_the_network_s_own_guess_is_used():
     net = small_net().fit_low(RUNS, OUTPUT, 0)
     x, guess = rng(1).random((5, 3)), net.predict_low(RUNS[:9])
@@ -349,6 +364,14 @@ def test_the_laminar_layer_has_thwaites_closed_forms(nu):
     assert side(np.ones_like, nu) == pytest.approx(from_thickness(plate, 1), rel=1e-3)
     stagnation = math.sqrt(0.075 * nu)  # U = s: the same thickness everywhere, in the first panels too
     assert side(lambda s: s, nu) == pytest.approx(from_thickness(stagnation, s), rel=1e-3)
+
+
+def test_the_first_panel_has_the_thickness_of_the_stagnation_point():
+    """Hiemenz flow, U = s: Thwaites has theta^2 = 0.075 nu / U' at the first midpoint, too, with no panel before it."""
+    S = np.full(10, 0.1)
+    s = np.cumsum(S) - S / 2
+    drag = _drag(np.linspace(0.985, 1, 10), S, s, 1e-4, tripped=False)  # the wake starts from the first midpoint
+    assert drag == pytest.approx(from_thickness(math.sqrt(0.075e-4), s[0]), rel=1e-12)
 
 
 def test_the_turbulent_layer_has_buri_s_closed_form():

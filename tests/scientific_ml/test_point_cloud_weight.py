@@ -258,6 +258,20 @@ def test_set_abstraction_is_a_maximum_over_edges():
         torch.testing.assert_close((centres[k], outputs[k]), expected, atol=1e-12, rtol=0)
 
 
+def test_pointraft_is_two_levels_a_global_one_and_a_head():
+    """Equation (4), with both levels edge by edge and the centres' places in the global one."""
+    sizes = Architecture(((6, 25.0, 20, (8, 8)), (3, 50.0, 6, (8, 8))), (8, 8), (8,), 4)
+    network, height = PointRAFT(sizes=sizes, generator=generator()).double(), torch.tensor([30.0, 50]).double()
+    points = random_clouds(n=2)
+    for cloud, h, found in zip(points, height, network(points, height), strict=True):
+        centres, features = cloud - cloud.mean(0), cloud[:, :0]
+        for level in network.levels:
+            centres, features = loop_over_edges(level, centres, features)
+        rows = [network.top(torch.cat([f, c / 40])) for f, c in zip(features, centres, strict=True)]
+        code = torch.cat([torch.stack(rows).amax(0), network.embed(h[None] / 80)])
+        torch.testing.assert_close(found, 100 * network.head(code)[0])
+
+
 def test_set_abstraction_agrees_with_pytorch_geometric():
     conv = pytest.importorskip("torch_geometric.nn").PointNetConv
     points, features = random_clouds(n=1)[0], torch.randn(20, 4, generator=generator(1), dtype=torch.float64)

@@ -225,6 +225,8 @@ def test_collision_goal_and_time_limit():
     ahead = torch.tensor([3])
     crash = place(NavigationSimulator(1, 0, seed=0), (5.7, 3.0, 0.0), (1.0, 1.0)).step(ahead)
     assert [value.item() for value in crash] == [-15.0, True, False, False]
+    both = place(NavigationSimulator(1, 0, seed=0), (5.7, 3.0, 0.0), (5.75, 3.0)).step(ahead)
+    assert [value.item() for value in both] == [-15.0, True, False, False]  # a crash at the goal is a crash
     near = place(NavigationSimulator(1, 0, seed=0), (5.6, 3.0, 0.0), (1.0, 1.0))
     assert not near.step(ahead)[1]  # 0.25 m from the wall, body 0.18 m
     simulator = place(NavigationSimulator(1, 0, seed=0, horizon=3), (3.0, 3.0, 0.0), (3.45, 3.0))
@@ -386,6 +388,10 @@ def test_policies():
     ahead[0, 0, 14:20] = 0.3 / SCAN_RANGE  # something ahead, a little to the left
     assert follow_gap(ahead).item() > 3
     assert follow_gap(torch.cat([ahead[..., :33].flip(-1), ahead[..., 33:]], -1)).item() < 3
+    narrow = ahead.clone()
+    narrow[0, 0, :33] = torch.where(torch.arange(33) < 20, 0.35, 0.7) / SCAN_RANGE  # no direction is free for 0.8 m
+    assert follow_gap(narrow).item() < 3  # there is more room on the left
+    assert follow_gap(torch.cat([narrow[..., :33].flip(-1), narrow[..., 33:]], -1)).item() > 3
     seen = blind(lambda observation: observation)(ahead)
     assert (seen[..., :33] == 1).all()
     assert torch.equal(seen[..., 33:], ahead[..., 33:])
